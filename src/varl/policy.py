@@ -1,0 +1,124 @@
+"""The contract of a next-scale policy, and the prompt that conditions it.
+
+Actions of every family travel as one integer tensor ``actions`` [batch, tokens, *event]: all steps flattened coarse to
+fine, row-major inside a grid. ``event`` is () for one index a token, and (bits,) for families whose tokens are bits.
+Each event has ``classes`` values; the log-probability of a token is summed over its event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from varl.schedule import ScaleSchedule
+
+__all__ = ["Box", "Condition", "Policy", "Prompt", "State"]
+
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) as fractions of the picture's width and height."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a picture should show.
+
+    Attributes:
+        text: the prompt as written.
+        words: the texts that the picture should contain, one entry a region; used by OCR rewards.
+        boxes: where each entry of ``words`` should be, if the prompt says; empty, or one a word.
+        label: class index, for class-conditional families.
+    """
+
+    text: str = ""
+    words: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    label: int | None = None
+
+
+@dataclass
+class Condition:
+    """The encoded prompts of a batch, made by ``policy.condition`` for one schedule.
+
+    Attributes:
+        schedule: the grids that will be drawn.
+        features: tensors the family needs, each with the batch first; ``null`` holds their unconditional twin, with
+            a batch of 1, for guidance.
+    """
+
+    schedule: ScaleSchedule
+    features: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.features.values())).shape[0]
+
+    def select(self, rows: Tensor | Sequence[int]) -> Condition:
+        """The given rows, in that order (repeats allowed)."""
+        index = torch.as_tensor(rows, device=next(iter(self.features.values())).device)
+        return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, self.null)
+
+    def repeat(self, k: int) -> Condition:
+        """Every row ``k`` times, copies adjacent."""
+        return Condition(
+            self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, self.null
+        )
+
+
+@runtime_checkable
+class State(Protocol):
+    """A batch of partly drawn sequences with the key/value caches to go on from.
+
+    ``step`` is the next step to draw; ``fork`` repeats every row k times (copies adjacent), ``select`` picks rows; both
+    leave the original usable.
+    """
+
+    schedule: ScaleSchedule
+    step: int
+
+    @property
+    def batch(self) -> int: ...
+
+    def fork(self, k: int) -> State: ...
+
+    def select(self, rows: Tensor | Sequence[int]) -> State: ...
+
+
+class Policy(Protocol):
+    """What a family fulfils; a policy is also a ``torch.nn.Module``.
+
+    ``hidden`` is teacher-forced and differentiable: for the tokens of ``steps`` it returns what the head needs,
+    [batch, tokens of steps, width], computing no token of a later step. ``logits`` is the head, on any leading shape:
+    [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens, *event,
+    classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps only
+    (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size.
+    """
+
+    family: str
+    classes: int
+    event: tuple[int, ...]
+
+    @property
+    def default_schedule(self) -> ScaleSchedule: ...
+
+    def schedules(self, resolution: int | None = None, aspect_ratio: float | None = None) -> ScaleSchedule: ...
+
+    def condition(self, prompts: Sequence[Prompt], schedule: ScaleSchedule | None = None) -> Condition: ...
+
+    def start(self, condition: Condition, guidance: Any = None) -> State: ...
+
+    def next_logits(self, state: Any) -> Tensor: ...
+
+    def advance(self, state: Any, actions: Tensor) -> None: ...
+
+    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: Any = None) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def decode(self, actions: Tensor, schedule: ScaleSchedule | None = None) -> Tensor: ...
+
+    def encode(self, images: Tensor, schedule: ScaleSchedule | None = None) -> Tensor: ...
