@@ -172,8 +172,9 @@ def gradient_mask(
     """Token masks from a differentiable reward: the pixels that move it most (ReFL's idea, method.md section
     6).
 
-    A pixel is in if the sum over channels of |d reward / d pixel| lies above the given quantile of its own
-    picture's; a token of the finest grid if its cell overlaps such a pixel; the other steps by ``propagate``.
+    A pixel is in if its sum over channels of |d reward / d pixel| is above 0 and at or above the given
+    quantile of its own picture's; a token of the finest grid if its cell overlaps such a pixel; the other
+    steps by ``propagate``.
 
     Args:
         image_grad_B3HW: [N, channels, H, W] gradient of each picture's reward, any scale. Non-finite entries
@@ -198,9 +199,8 @@ def gradient_mask(
     grad = torch.nan_to_num(image_grad_B3HW.detach().float(), nan=0.0, posinf=0.0, neginf=0.0)
     size_BHW = grad.abs().sum(1)
     # By kthvalue, picture by picture: torch.quantile refuses large inputs.
-    rank = max(1, round(quantile * size_BHW[0].numel())) if len(size_BHW) else 1
-    threshold_B = [size.flatten().kthvalue(rank).values * (quantile > 0) for size in size_BHW]
-    pixels = [(size > threshold).float() for size, threshold in zip(size_BHW, threshold_B, strict=True)]
+    rank = int(quantile * size_BHW[0].numel()) + 1 if len(size_BHW) else 1
+    pixels = [((size >= size.flatten().kthvalue(rank).values) & (size > 0)).float() for size in size_BHW]
     stacked = torch.stack(pixels) if pixels else size_BHW
     finest = _overlap_max(stacked[:, None], schedule.grids[-1])[:, 0]
     return _merge_continuations(propagate(finest, schedule), continuations, merge, empty)

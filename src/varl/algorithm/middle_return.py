@@ -78,7 +78,7 @@ def middle_return(
     if logp is not None and reference_logp is not None and estimator in ("soft-reference", "policy"):
         log_ratio = torch.where(valid, (reference_logp - logp).to(reward.dtype), 0.0)
 
-    count = usable.sum(-1)
+    count = usable.sum(-1).to(reward.dtype)
     if estimator == "mean":
         value = reward.sum(-1) / count
     elif estimator == "policy":
