@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from varl.policy import Prompt
 
-__all__ = ["Polygon", "Reward", "RewardOutput"]
+__all__ = ["FailureLog", "Polygon", "Reward", "RewardOutput"]
+
+logger = logging.getLogger(__name__)
 
 Polygon = np.ndarray
-"""A polygon as float32 [points, 2] of (x, y) in pixels of the scored picture, origin at its top left corner."""
+"""A polygon as float32 [points, 2] of (x, y) in pixels of the scored picture, origin at its top left
+corner."""
 
 
 @dataclass
@@ -23,10 +27,12 @@ class RewardOutput:
     """What a reward returns for a batch of B pictures.
 
     Attributes:
-        score: [B] float32, any range; higher is better. Entries of failed pictures are ignored.
-        failed: [B] bool; pictures that could not be scored. Their groups are dropped and counted, never scored 0.
-        regions: per picture, the polygons of the picture that set its score, for mask propagation; an empty list
-            means "none found". None if this reward has no notion of regions.
+        score: [B] float32, any range; higher is better. NaN for failed pictures, so that nobody averages
+            them in.
+        failed: [B] bool; pictures that could not be scored. Their groups are dropped and counted, never
+            scored 0.
+        regions: per picture, the polygons of the picture that set its score, for mask propagation; an empty
+            list means "none found". None if this reward has no notion of regions.
         parts: named terms of the score, each [B] float32, for the log.
         texts: per picture, what was read in it (for captions of the gallery); None if nothing is read.
     """
@@ -46,8 +52,35 @@ class RewardOutput:
         """
         score = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
         if score.shape != (batch,):
-            raise ValueError(f"a reward must return {batch} numbers for {batch} pictures, got shape {tuple(score.shape)}")
-        return cls(score=score, failed=~torch.isfinite(score))
+            raise ValueError(
+                f"a reward must return {batch} numbers for {batch} pictures, got shape {tuple(score.shape)}"
+            )
+        failed = ~torch.isfinite(score)
+        return cls(score=score.masked_fill(failed, torch.nan), failed=failed)
+
+
+class FailureLog:
+    """Counts why pictures could not be scored: warns once a reason, keeps a bounded number of reasons.
+
+    Attributes:
+        total: pictures that failed so far.
+        reasons: how many failed for each reason; what comes after the first ``most`` reasons is counted as
+            "other".
+    """
+
+    def __init__(self, source: str, most: int = 20) -> None:
+        self.source, self.most = source, most
+        self.total = 0
+        self.reasons: dict[str, int] = {}
+
+    def add(self, reason: str, pictures: int = 1) -> None:
+        reason = reason if len(reason) <= 500 else reason[:497] + "..."
+        if reason not in self.reasons and len(self.reasons) >= self.most:
+            reason = "other"
+        if reason not in self.reasons:
+            logger.warning("%s: pictures failed and are left out, not scored 0: %s", self.source, reason)
+        self.total += pictures
+        self.reasons[reason] = self.reasons.get(reason, 0) + pictures
 
 
 class Reward(Protocol):

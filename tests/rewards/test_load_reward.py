@@ -1,0 +1,179 @@
+"""Rewards by name, and Python callables whose faults fail pictures instead of scoring them 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+
+import pytest
+import torch
+
+from varl.policy import Prompt
+from varl.rewards import RewardOutput, load_reward
+from varl.rewards.ocr import OcrReward
+from varl.rewards.python import PythonReward
+
+IMAGES, PROMPTS = torch.zeros(3, 3, 8, 8), [Prompt()] * 3
+
+MODULE = """
+import torch
+NOT_CALLABLE = 3
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+def scaled(images, prompts, factor=1.0):
+    return [factor] * len(prompts)
+class Constant:
+    def __init__(self, value=1.0):
+        self.value = value
+    def __call__(self, images, prompts):
+        return [self.value] * len(prompts)
+    def describe(self):
+        return {"version": "7"}
+constant = Constant(0.25)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "my_reward_module.py").write_text(MODULE)
+    (tmp_path / "imports_nothing.py").write_text("import there_is_no_such_module")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    yield
+    sys.modules.pop("my_reward_module", None)
+
+
+def test_ocr_by_name_and_with_options():
+    assert isinstance(load_reward("ocr"), OcrReward)
+    reward = load_reward({"name": "ocr", "bag": "one-sided", "engine": {"threads": 2}})
+    assert isinstance(reward, OcrReward)
+    assert reward.options["bag"] == "one-sided"
+    assert reward.reader.config.threads == 2
+
+
+def test_functions_objects_and_classes_of_ones_own(module):
+    assert load_reward("my_reward_module:brightness")(IMAGES + 0.5, PROMPTS).score.tolist() == [0.5] * 3
+    assert load_reward("my_reward_module:constant")(IMAGES, PROMPTS).score.tolist() == [0.25] * 3
+    made = load_reward({"name": "my_reward_module:Constant", "value": 2.0})
+    assert made(IMAGES, PROMPTS).score.tolist() == [2.0] * 3
+    assert made.describe() == {"reward": "my_reward_module:Constant", "version": "7"}
+    scaled = load_reward({"name": "my_reward_module:scaled", "factor": 3.0, "timeout_s": 30.0})
+    assert scaled(IMAGES, PROMPTS).score.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("hpsv9", ValueError, "hpsv9"),
+        ({"bag": "l1"}, ValueError, "needs a name"),
+        ({"name": "ocr", "colour": "red"}, TypeError, "colour"),
+        ({"name": "ocr", "engine": {"colour": "red"}}, TypeError, "colour"),
+        ("no_such_module_at_all:fn", ModuleNotFoundError, "no_such_module_at_all"),
+        ("imports_nothing:fn", ModuleNotFoundError, "^No module named 'there_is_no_such_module'"),
+        ("my_reward_module:nothing", AttributeError, "nothing"),
+        ("my_reward_module:NOT_CALLABLE", TypeError, "cannot be called"),
+        (":fn", ValueError, "module:attribute"),
+        ({"name": "my_reward_module:Constant", "colour": 1}, TypeError, "colour"),
+        ({"name": "my_reward_module:scaled", "colour": 1}, TypeError, "colour"),
+        ({"name": "my_reward_module:scaled", "timeout_s": -1}, ValueError, "timeout_s"),
+    ],
+)
+def test_clear_errors(module, spec, error, words):
+    with pytest.raises(error, match=words):
+        load_reward(spec)
+
+
+def all_failed(reward, reason):
+    out = reward(IMAGES, PROMPTS)
+    assert out.failed.tolist() == [True] * 3
+    assert out.score.isnan().all()
+    assert reward.failures.total == 3
+    (kept,) = reward.failures.reasons
+    assert reason in kept
+
+
+def raises(images, prompts):
+    raise RuntimeError("server is down")
+
+
+def half_regions(images, prompts):
+    return RewardOutput(torch.ones(3), torch.zeros(3, dtype=torch.bool), regions=[[]])
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (raises, "RuntimeError: server is down"),
+        (lambda images, prompts: [1.0, 2.0], "3 numbers for 3 pictures"),
+        (lambda images, prompts: torch.ones(3, 1), "shape (3, 1)"),
+        (lambda images, prompts: None, "Error"),
+        (lambda images, prompts: ["good"] * 3, "Error"),
+        (half_regions, "regions must hold 3"),
+        (lambda images, prompts: RewardOutput(torch.ones(2), torch.zeros(2)), "score must hold 3"),
+    ],
+)
+def test_faults_fail_all_pictures(fn, reason):
+    all_failed(PythonReward(fn), reason)
+
+
+def test_a_number_that_is_not_finite_fails_its_picture_only():
+    reward = PythonReward(lambda images, prompts: [1.0, float("nan"), float("inf")])
+    out = reward(IMAGES, PROMPTS)
+    assert out.failed.tolist() == [False, True, True]
+    assert out.score[0] == 1
+    assert out.score[1:].isnan().all()
+    assert reward.failures.total == 2
+
+
+def test_a_full_output_passes_through():
+    def full(images, prompts):
+        return RewardOutput(
+            torch.tensor([1.0, 2.0, float("nan")]),
+            torch.tensor([False, True, False]),
+            regions=[[], [], []],
+            parts={"a": torch.ones(3)},
+            texts=["x", "y", "z"],
+        )
+
+    out = PythonReward(full)(IMAGES, PROMPTS)
+    assert out.failed.tolist() == [False, True, True]
+    assert out.texts == ["x", "y", "z"]
+    assert out.parts["a"].tolist() == [1, 1, 1]
+    assert out.regions == [[], [], []]
+
+
+def test_each_reason_is_warned_of_once_and_reasons_are_bounded(caplog):
+    count = iter(range(100))
+
+    def new_fault(images, prompts):
+        raise RuntimeError(f"fault {next(count) // 2}")
+
+    reward = PythonReward(new_fault)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(60):
+            reward(IMAGES, PROMPTS)
+    assert reward.failures.total == 180
+    assert len(reward.failures.reasons) == 21
+    assert reward.failures.reasons["RuntimeError: fault 0"] == 6
+    assert reward.failures.reasons["other"] == 60
+    assert len(caplog.records) == 21
+
+
+def test_a_hanging_callable_hits_the_time_limit():
+    gate = threading.Event()
+    calls = []
+
+    def hangs(images, prompts):
+        calls.append(1)
+        gate.wait(30)
+        return [1.0] * 3
+
+    reward = PythonReward(hangs, timeout_s=0.1)
+    all_failed(reward, "no answer after 0.1 s")
+    assert reward(IMAGES, PROMPTS).failed.all()  # at once: the first call still hangs
+    assert len(calls) == 1
+    gate.set()
+    reward._hung.join()
+    assert not reward(IMAGES, PROMPTS).failed.any()
+    assert "TimeoutError: an earlier call still hangs" in reward.failures.reasons

@@ -1,0 +1,117 @@
+"""A worker that crashes or hangs costs the picture at hand only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from varl.policy import Prompt
+from varl.rewards.engine import Line, OcrEngine, Unread
+from varl.rewards.ocr import OcrReward
+from varl.rewards.worker import OcrWorker
+
+from .rendering import draw_many, stack
+
+
+class Moody:
+    """Its mood is the picture's first pixel: 1 dies, 2 hangs, 3 raises, 4 takes a while, else it reads it."""
+
+    def read_picture(self, picture):
+        mood = int(picture[0, 0, 0])
+        if mood == 1:
+            os._exit(7)
+        if mood == 2:
+            time.sleep(60)
+        if mood == 3:
+            raise ValueError("bad mood")
+        if mood == 4:
+            time.sleep(3)
+        return [Line(str(mood), 1.0, np.zeros((4, 2), np.float32))]
+
+
+def moods(*values):
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 8, 8) / 255
+
+
+def said(readings):
+    return [r.reason if isinstance(r, Unread) else r[0].text for r in readings]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with OcrWorker(make_reader=Moody, timeout_s=20) as worker:
+        yield worker
+
+
+def test_a_crash_fails_one_picture_and_the_next_are_read(worker):
+    before = worker.crashes
+    assert said(worker.read(moods(9, 1, 8))) == ["9", "the OCR worker crashed (exit code 7)", "8"]
+    assert worker.crashes == before + 1
+
+
+def test_an_exception_in_the_worker_fails_one_picture_and_no_process(worker):
+    worker.read(moods(9))
+    pids = worker.pids
+    assert said(worker.read(moods(3, 8))) == ["ValueError: bad mood", "8"]
+    assert worker.pids == pids
+
+
+def test_killed_in_the_middle_of_a_reading(worker):
+    worker.read(moods(9))
+    (pid,) = worker.pids
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+    first, second = said(worker.read(moods(4, 8)))
+    assert first == "the OCR worker crashed (exit code -9)"
+    assert second == "8"
+    assert said(worker.read(moods(6))) == ["6"]
+    assert worker.pids != [pid]
+
+
+def test_killed_between_readings(worker):
+    worker.read(moods(9))
+    os.kill(worker.pids[0], signal.SIGKILL)
+    time.sleep(0.2)
+    assert said(worker.read(moods(6))) == ["6"]
+
+
+def test_a_hang_hits_the_time_limit(worker, monkeypatch):
+    worker.read(moods(9))
+    (pid,) = worker.pids
+    monkeypatch.setattr(worker._seats[0], "timeout_s", 0.5)
+    begin = time.monotonic()
+    first, second = said(worker.read(moods(2, 9)))
+    assert first == "the OCR worker took longer than 0.5 s over a picture"
+    assert second == "9"
+    assert worker.timeouts == 1
+    assert time.monotonic() - begin < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_the_reward_in_a_worker_scores_as_in_process():
+    pictures = draw_many(3, seed=8)
+    prompts = [Prompt(words=tuple(p.words)) for p in pictures]
+    inside = OcrReward()(stack(pictures), prompts)
+    reward = OcrReward(timeout_s=60)
+    outside = reward(stack(pictures), prompts)
+    torch.testing.assert_close(outside.score, inside.score, rtol=0, atol=0)
+    assert outside.texts == inside.texts
+    assert reward.describe()["worker"] == "time limit 60 s a picture"
+    assert reward.describe()["det_model"] == OcrEngine().describe()["det_model"]
+    reward.reader.close()
+
+
+class Unstartable:
+    def __init__(self):
+        raise RuntimeError("no models here")
+
+
+def test_a_worker_that_cannot_start_is_an_error_not_a_failed_picture():
+    with OcrWorker(make_reader=Unstartable) as worker, pytest.raises(RuntimeError, match="did not start"):
+        worker.read(moods(9))
