@@ -167,7 +167,15 @@ def test_clip_takes_two_sides_and_infinity():
     inputs = make(drift=1.0)
     both = policy_loss(inputs, clip=0.2).loss
     assert torch.equal(both, policy_loss(inputs, clip=(0.2, 0.2)).loss)
-    assert policy_loss(inputs, clip=(0.2, 0.4)).loss != both
+    for rho, advantage, expected in [(1.3, 1.0, -1.3), (1.5, 1.0, -1.4), (0.7, -1.0, 0.8), (0.3, -1.0, 0.8)]:
+        one = LossInput(
+            logp_BL=torch.tensor([[rho]]).log(),
+            old_logp_BL=torch.zeros(1, 1),
+            advantage_B=torch.tensor([advantage]),
+            weight_BL=torch.ones(1),
+            step_of_token_L=[0],
+        )
+        assert policy_loss(one, clip=(0.2, 0.4), beta=0.0).loss.item() == pytest.approx(expected)
     free = policy_loss(inputs, clip=math.inf, beta=0.0)
     rho = (inputs.logp_BL - inputs.old_logp_BL).exp()
     expected = -(inputs.weight_BL * inputs.mask_BL * rho * inputs.advantage_B[:, None]).sum() / B

@@ -149,6 +149,11 @@ def test_dilation_of_a_concave_polygon_is_the_union_over_its_outline():
     mask = rasterise([ell], (32, 32), (8, 8), dilation=4.0)
     expected = {(i, j) for i in range(8) for j in range(3)} | {(i, 3) for i in range(3)}
     assert cells(mask) == expected
+    # Soft coverage is that of the pieces' largest: never more than the union covers.
+    soft = rasterise([ell], (32, 32), (8, 8), dilation=1.0, mode="soft")
+    assert soft[4, 1].item() == pytest.approx(1.0)
+    assert soft[4, 0].item() == pytest.approx(0.25)
+    assert soft[1, 3].item() == pytest.approx(0.25)
 
 
 def test_several_polygons_unite():
