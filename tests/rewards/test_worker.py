@@ -7,32 +7,16 @@ import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from varl.policy import Prompt
-from varl.rewards.engine import Line, OcrEngine, Unread
+from varl.rewards.engine import OcrEngine, Unread
 from varl.rewards.ocr import OcrReward
 from varl.rewards.worker import OcrWorker
 
+from .moody import Moody, Unstartable
 from .rendering import draw_many, stack
-
-
-class Moody:
-    """Its mood is the picture's first pixel: 1 dies, 2 hangs, 3 raises, 4 takes a while, else it reads it."""
-
-    def read_picture(self, picture):
-        mood = int(picture[0, 0, 0])
-        if mood == 1:
-            os._exit(7)
-        if mood == 2:
-            time.sleep(60)
-        if mood == 3:
-            raise ValueError("bad mood")
-        if mood == 4:
-            time.sleep(3)
-        return [Line(str(mood), 1.0, np.zeros((4, 2), np.float32))]
 
 
 def moods(*values):
@@ -107,9 +91,25 @@ def test_the_reward_in_a_worker_scores_as_in_process():
     reward.reader.close()
 
 
-class Unstartable:
-    def __init__(self):
-        raise RuntimeError("no models here")
+def test_an_interrupted_reading_leaves_no_stale_answer(worker, monkeypatch):
+    worker.read(moods(9))
+    connection = worker._seats[0].connection
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(connection), "poll", lambda self, timeout: interrupted(timeout))
+    with pytest.raises(KeyboardInterrupt):
+        worker.read(moods(5))
+    monkeypatch.undo()
+    assert said(worker.read(moods(6))) == ["6"]
+
+
+def test_no_restart_fails_the_pictures_left_over(worker, monkeypatch):
+    worker.read(moods(9))
+    monkeypatch.setattr(worker._seats[0], "make_reader", Unstartable)
+    lost = "no OCR worker could be started again"
+    assert said(worker.read(moods(9, 1, 8, 7))) == ["9", "the OCR worker crashed (exit code 7)", lost, lost]
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_failed_picture():

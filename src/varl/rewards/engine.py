@@ -142,10 +142,14 @@ class OcrEngine:
     """Detects and recognises lines of text, in this process. The models are loaded at the first reading.
 
     One object may be used from several threads, and can be pickled (its models are loaded anew).
+
+    Raises:
+        FileNotFoundError: if a model is missing.
     """
 
     def __init__(self, config: OcrConfig | None = None) -> None:
         self.config = config or OcrConfig()
+        _model_files(self.config)
         self._lock = threading.Lock()
         self._models: tuple[Any, Any, list[str]] | None = None
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Protocol
 
 import numpy as np
@@ -45,13 +46,13 @@ def _serve(make_reader: Callable[[], PictureReader], connection: Connection) -> 
 
 
 class OcrWorker:
-    """Reads pictures as ``OcrEngine`` does, in ``config.threads`` spawned processes of one thread each.
+    """Reads pictures as ``OcrEngine`` does, in ``config.threads`` processes of one thread each.
 
     A picture during which its process dies, or that takes longer than ``timeout_s``, is ``Unread``; the
-    process is replaced, and the other pictures are read as ever. Processes start at the first reading (which
-    costs them an import of torch) and end with this object, or at ``close()``. As with anything that spawns,
-    a script must keep its top level under ``if __name__ == "__main__":``. Pictures travel over a local pipe,
-    never over a network.
+    process is replaced, and the other pictures are read as ever. Processes start at the first reading (the
+    first start waits for an import of torch) and end with this object, or at ``close()``. As with all of
+    multiprocessing's spawned or fork-served processes, a script must keep its top level under
+    ``if __name__ == "__main__":``. Pictures travel over a local pipe, never over a network.
 
     Args:
         config: settings of the engine.
@@ -76,7 +77,7 @@ class OcrWorker:
         self.config = config or OcrConfig()
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0
-        self._make_reader = make_reader or partial(OcrEngine, self.config)
+        self._make_reader = make_reader or partial(OcrEngine, OcrEngine(self.config).config)
         self._lock = threading.Lock()
         self._seats = [
             _Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)
@@ -91,10 +92,11 @@ class OcrWorker:
 
         Raises:
             ValueError: if ``images`` has another shape.
-            RuntimeError: if a process cannot even be started; its own output says why.
+            RuntimeError: if a process cannot be started even once; its own output says why.
         """
         pictures = to_pixels(images)
-        readings: list[Reading] = [p if isinstance(p, Unread) else Unread("not read") for p in pictures]
+        lost = Unread("no OCR worker could be started again")
+        readings: list[Reading] = [p if isinstance(p, Unread) else lost for p in pictures]
         queue = [i for i, p in enumerate(pictures) if not isinstance(p, Unread)][::-1]
         errors: list[Exception] = []
 
@@ -108,6 +110,11 @@ class OcrWorker:
                     picture = pictures[i]
                     assert isinstance(picture, np.ndarray)
                     readings[i] = seat.read(picture)
+            except _NotStarted as error:
+                if seat.started:  # it did start once: this costs pictures, not the run
+                    logger.warning("%s; the pictures left over by all workers are failed", error)
+                else:
+                    errors.append(error)
             except Exception as error:
                 errors.append(error)
 
@@ -146,6 +153,19 @@ class OcrWorker:
             seat.close()
 
 
+def _context() -> SpawnContext | ForkServerContext:
+    """Where there is a fork server, one process imports torch once and every start forks from it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+class _NotStarted(RuntimeError):
+    pass
+
+
 class _Seat:
     """One place for a process, refilled when the process is lost."""
 
@@ -154,6 +174,7 @@ class _Seat:
     ) -> None:
         self.make_reader, self.timeout_s, self.start_timeout_s = make_reader, timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0
+        self.started = False
         self.process: multiprocessing.process.BaseProcess | None = None
         self.connection: Connection | None = None
 
@@ -170,6 +191,9 @@ class _Seat:
             self.crashes += 1
             code = self._exit_code()
             reason = f"the OCR worker crashed (exit code {code})"
+        except BaseException:
+            self.close()  # or the answer would be taken for that of the next picture
+            raise
         logger.warning("%s; it is started again", reason)
         self.close()
         return Unread(reason)
@@ -178,7 +202,7 @@ class _Seat:
         if self.process is not None and self.connection is not None and self.process.is_alive():
             return self.connection
         self.close()
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(self.make_reader, theirs), name="varl-ocr", daemon=True
@@ -193,7 +217,8 @@ class _Seat:
         if not ready:
             code, waited = self._exit_code(), time.monotonic() - begin
             self.close()
-            raise RuntimeError(f"the OCR worker did not start (exit code {code}, after {waited:.0f} s)")
+            raise _NotStarted(f"the OCR worker did not start (exit code {code}, after {waited:.0f} s)")
+        self.started = True
         return self.connection
 
     def _exit_code(self) -> int | None:

@@ -1,0 +1,31 @@
+"""Readers for the worker's tests; a module of its own, so that the worker's processes import little."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from varl.rewards.engine import Line
+
+
+class Moody:
+    """Its mood is the picture's first pixel: 1 dies, 2 hangs, 3 raises, 4 takes a while, else it reads it."""
+
+    def read_picture(self, picture):
+        mood = int(picture[0, 0, 0])
+        if mood == 1:
+            os._exit(7)
+        if mood == 2:
+            time.sleep(60)
+        if mood == 3:
+            raise ValueError("bad mood")
+        if mood == 4:
+            time.sleep(3)
+        return [Line(str(mood), 1.0, np.zeros((4, 2), np.float32))]
+
+
+class Unstartable:
+    def __init__(self):
+        raise RuntimeError("no models here")
