@@ -95,7 +95,8 @@ class Policy(Protocol):
     [batch, tokens of steps, width], computing no token of a later step. ``logits`` is the head, on any leading shape:
     [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens, *event,
     classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps only
-    (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size.
+    (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
+    ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes.
     """
 
     family: str
@@ -105,11 +106,18 @@ class Policy(Protocol):
     @property
     def default_schedule(self) -> ScaleSchedule: ...
 
-    def schedules(self, resolution: int | None = None, aspect_ratio: float | None = None) -> ScaleSchedule: ...
+    def schedules(
+        self, resolution: int | None = None, aspect_ratio: float | None = None
+    ) -> ScaleSchedule: ...
+
+    def guidance_ramp(self, schedule: ScaleSchedule) -> list[float]: ...
+
+    @property
+    def trainable(self) -> torch.nn.Module: ...
 
     def condition(self, prompts: Sequence[Prompt], schedule: ScaleSchedule | None = None) -> Condition: ...
 
-    def start(self, condition: Condition, guidance: Any = None) -> State: ...
+    def start(self, condition: Condition, guidance: float = 0.0) -> State: ...
 
     def next_logits(self, state: Any) -> Tensor: ...
 

@@ -1,1 +1,35 @@
-"""."""
+"""The model families. A family is one folder and one entry of ``FAMILIES``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from varl.policy import Policy
+
+__all__ = ["FAMILIES", "load_policy"]
+
+FAMILIES = {"inkling": "varl.models.inkling"}
+"""Family name -> the module whose ``load(config, weights)`` builds a policy; imported when first used."""
+
+Weights = str | Path | Mapping[str, Any] | None
+
+
+def load_policy(family: str, config: Mapping[str, Any] | None = None, weights: Weights = None) -> Policy:
+    """Build a policy of a family and load its weights.
+
+    Args:
+        family: a name of ``FAMILIES``.
+        config: the family's own settings, to build other shapes than the weights' or the family's default.
+        weights: a path, or a mapping of part name to path or state dict, for families of several parts. None loads
+            the weights that come with the package, where a family has some; ``"random"`` leaves random weights.
+
+    Raises:
+        ValueError: if the family is unknown, or the weights do not fit it.
+        FileNotFoundError: if a file is missing.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"no model family {family!r}; there are {', '.join(sorted(FAMILIES))}")
+    return import_module(FAMILIES[family]).load(config, weights)

@@ -1,0 +1,72 @@
+"""Inkling's weights on disk: one safetensors file, with the model's shape in its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from varl.models.inkling.policy import Inkling, InklingConfig
+
+__all__ = ["PACKAGED", "load", "save"]
+
+PACKAGED = Path(str(files("varl.models.inkling") / "data" / "inkling.safetensors"))
+
+
+def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a policy's weights and shape; ``dtype`` float16 halves the file."""
+    tensors = {key: value.detach().to(dtype).contiguous() for key, value in policy.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"family": "inkling", "config": json.dumps(asdict(policy.config))})
+
+
+def load(
+    config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None
+) -> Inkling:
+    """See ``varl.load_policy``."""
+    if weights == "random":
+        return Inkling(InklingConfig(**(config or {})))
+    if isinstance(weights, Mapping):
+        if set(weights) != {"model"}:
+            raise ValueError(f"Inkling has one part, 'model', not {sorted(weights)}")
+        weights = weights["model"]
+    if isinstance(weights, Mapping):
+        return _build(config or {}, dict(weights), "the state dict given")
+    path = Path(weights) if weights is not None else PACKAGED
+    if not path.is_file():
+        raise FileNotFoundError(f"no Inkling weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("family") != "inkling":
+                raise ValueError(
+                    f"{path} holds weights of {metadata.get('family', 'an unnamed family')}, not Inkling"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return _build(json.loads(metadata["config"]) | dict(config or {}), tensors, str(path))
+
+
+def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
+    policy = Inkling(InklingConfig(**config))
+    expected = policy.state_dict()
+    problems = [f"lacks {key}" for key in expected.keys() - tensors.keys()]
+    problems += [f"has {key}, which this shape does not" for key in tensors.keys() - expected.keys()]
+    problems += [
+        f"{key} is {list(tensors[key].shape)}, this shape needs {list(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"weights of {source} do not fit: {'; '.join(sorted(problems)[:3])}{more}")
+    policy.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return policy.eval()

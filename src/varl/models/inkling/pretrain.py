@@ -1,0 +1,201 @@
+"""Pretraining of Inkling in two stages, on pictures drawn on the fly: the tokenizer, then the transformer.
+
+Both stages draw batch ``i`` from (seed, stage, i) alone, so a run that was stopped at any moment goes on to the same
+numbers from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varl.models.inkling.pictures import draw
+from varl.models.inkling.policy import Inkling, InklingConfig
+from varl.models.inkling.text import make_prompt, random_regions
+from varl.models.quantizer import resize_area
+from varl.policy import Prompt
+
+__all__ = ["PretrainConfig", "StageConfig", "pretrain", "sample_batch"]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: its length and its optimizer (AdamW, warm-up, then cosine decay to a tenth)."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 50
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What ``varl pretrain`` needs.
+
+    Attributes:
+        out: folder for checkpoints and the finished ``inkling.safetensors``.
+        model: the shape of the model.
+        tokenizer, transformer: the two stages.
+        drop_condition: share of samples whose condition is replaced by the null one, for guidance.
+        last_grid_every: the last grid, by far the largest, is trained in every n-th step only.
+        save_every: seconds between checkpoints.
+        device, seed: where, and from which random numbers.
+    """
+
+    out: Path = Path("runs/inkling-pretrain")
+    model: InklingConfig = field(default_factory=InklingConfig)
+    tokenizer: StageConfig = field(default_factory=lambda: StageConfig(1000, 32, 2e-3))
+    transformer: StageConfig = field(default_factory=lambda: StageConfig(2500, 48, 1.5e-3))
+    drop_condition: float = 0.1
+    last_grid_every: int = 3
+    save_every: float = 60.0
+    device: str = "cpu"
+    seed: int = 0
+
+
+def sample_batch(seed: tuple[int, ...], size: int, held_out: bool = False) -> tuple[Tensor, list[Prompt]]:
+    """Random pictures [size, 3, 48, 48] in [0, 1] and the prompts that ask for them, from a seed."""
+    rng = np.random.default_rng(seed)
+    regions = [random_regions(rng, held_out) for _ in range(size)]
+    return torch.from_numpy(np.stack([draw(r, rng) for r in regions])), [make_prompt(r) for r in regions]
+
+
+def tokenizer_loss(policy: Inkling, images: Tensor, last: int) -> Tensor:
+    """Picture error of the sum of the steps up to ``last``, plus a quarter of the feature error after every step."""
+    tokenizer, quantizer = policy.tokenizer, policy.tokenizer.quantizer
+    with torch.no_grad():
+        features = tokenizer.encoder(images)
+    total, shown, feature_error = torch.zeros_like(features), features, images.new_zeros(())
+    for step, grid in enumerate(quantizer.schedule.grids):
+        with torch.no_grad():
+            actions = quantizer.nearest(resize_area(features - total, grid))
+        total = total + quantizer.contribution(actions, step)
+        feature_error = feature_error + F.mse_loss(total, features)
+        if step == last:
+            shown = total
+    return F.mse_loss(tokenizer.picture(shown), images) + 0.25 * feature_error / len(quantizer.schedule)
+
+
+def transformer_loss(
+    policy: Inkling, images: Tensor, prompts: list[Prompt], steps: range, drop: Tensor
+) -> Tensor:
+    """Mean cross-entropy of the tokens of ``steps``; rows where ``drop`` is true get the null condition."""
+    actions = policy.encode(images)
+    condition = policy.condition(prompts)
+    cells = condition.features["cells"]
+    condition.features["cells"] = torch.where(drop[:, None, None], condition.null["cells"], cells)
+    logits = policy.logits(policy.hidden(condition, actions, steps))
+    return F.cross_entropy(logits.flatten(0, 1), actions[:, policy.default_schedule.span(steps)].flatten())
+
+
+Progress = Callable[[str, int, int, float], None]
+"""Called as progress(stage, step, steps, loss)."""
+
+
+class _Stage:
+    """The optimizer loop that both stages share."""
+
+    def __init__(self, name: str, config: StageConfig, module: torch.nn.Module, decay: float) -> None:
+        self.name, self.config, self.module, self.step = name, config, module, 0
+        fused = next(module.parameters()).is_cuda
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=fused
+        )
+
+    def rate(self) -> float:
+        warm = min(1.0, (self.step + 1) / self.config.warmup)
+        return (
+            self.config.learning_rate
+            * warm
+            * (0.55 + 0.45 * math.cos(math.pi * self.step / self.config.steps))
+        )
+
+    def update(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _save(path: Path, data: dict[str, Any]) -> None:
+    beside = path.with_suffix(".partial")
+    torch.save(data, beside)
+    os.replace(beside, path)
+
+
+def pretrain(config: PretrainConfig, progress: Progress = lambda *_: None) -> Inkling:
+    """Run both stages, or what is left of them.
+
+    Raises:
+        ValueError: if the folder's checkpoint was made with another configuration.
+    """
+    torch.manual_seed(config.seed)
+    policy = Inkling(config.model).to(config.device)
+    policy.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stages = {
+        "tokenizer": _Stage("tokenizer", config.tokenizer, policy.tokenizer, 0.0),
+        "transformer": _Stage("transformer", config.transformer, policy.transformer, 0.05),
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, identity = config.out / "pretrain.pt", _identity(config)
+    if checkpoint.exists():
+        data = torch.load(checkpoint, map_location=config.device, weights_only=True)
+        if data["identity"] != identity:
+            raise ValueError(
+                f"{checkpoint} was made with another configuration; choose another --out or remove it"
+            )
+        policy.load_state_dict(data["policy"])
+        for name, stage in stages.items():
+            stage.load(data[name])
+    else:
+        images, _ = sample_batch((config.seed, 2), 1024)
+        policy.tokenizer.fit(images.to(config.device), torch.Generator().manual_seed(config.seed))
+
+    last_save = time.monotonic()
+    for index, stage in enumerate(stages.values()):
+        while stage.step < stage.config.steps:
+            loss = _loss(policy, config, index, stage)
+            stage.update(loss)
+            progress(stage.name, stage.step, stage.config.steps, loss.item())
+            if time.monotonic() - last_save > config.save_every or stage.step == stage.config.steps:
+                state = {name: s.state() for name, s in stages.items()}
+                _save(checkpoint, {"identity": identity, "policy": policy.state_dict(), **state})
+                last_save = time.monotonic()
+    return policy
+
+
+def _identity(config: PretrainConfig) -> str:
+    kept = {k: v for k, v in asdict(config).items() if k not in ("out", "save_every", "device")}
+    return repr(sorted(kept.items()))
+
+
+def _loss(policy: Inkling, config: PretrainConfig, index: int, stage: _Stage) -> Tensor:
+    images, prompts = sample_batch((config.seed, index, stage.step), stage.config.batch)
+    images = images.to(config.device).contiguous(memory_format=torch.channels_last)
+    steps = len(policy.default_schedule)
+    if stage.name == "tokenizer":
+        return tokenizer_loss(policy, images, steps - 1 - stage.step // 2 % 2)
+    whole = stage.step % config.last_grid_every == 0
+    rng = np.random.default_rng((config.seed, 3, stage.step))
+    drop = torch.from_numpy(rng.random(len(images)) < config.drop_condition).to(config.device)
+    return transformer_loss(policy, images, prompts, range(steps if whole else steps - 1), drop)

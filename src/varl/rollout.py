@@ -1,0 +1,115 @@
+"""Drawing actions: to a step, branching there, and on to the end. The only place where policies are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varl.policy import Condition, Policy
+from varl.sampling import Sampling, draw, filter_logits
+
+__all__ = ["Rollout", "Rows", "rollout", "row_generators"]
+
+Rows = torch.Generator | Sequence[torch.Generator] | None
+"""Where draws come from: one generator for the batch, one a row, or torch's global one."""
+
+
+@dataclass
+class Rollout:
+    """Drawn sequences.
+
+    Attributes:
+        condition: rows aligned with ``actions``.
+        actions: int64 [batch, tokens of the first ``steps`` steps, *event].
+        steps: how many steps are drawn.
+        logp: [batch, tokens], log-probabilities of the drawn tokens under the sampling distribution (guided and
+            truncated as asked), if they were asked for.
+        state: the policy's state after ``steps`` steps, if it was asked for: what ``rollout(start=...)`` goes on from.
+    """
+
+    condition: Condition
+    actions: Tensor
+    steps: int
+    logp: Tensor | None = None
+    state: Any = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def row_generators(seed: Sequence[int], rows: int) -> list[torch.Generator]:
+    """One generator a row, each seeded by (seed..., row): a row's draws depend on nothing else."""
+    words = (np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] for row in range(rows))
+    return [torch.Generator().manual_seed(int(word >> np.uint64(1))) for word in words]
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    condition: Condition,
+    sampling: Sampling | None = None,
+    generator: Rows = None,
+    *,
+    until: int | None = None,
+    start: Rollout | None = None,
+    fork: int = 1,
+    logp: bool = False,
+    keep_state: bool = False,
+) -> Rollout:
+    """Draw sequences for every row of a condition, or go on with sequences drawn to some step.
+
+    Args:
+        policy: the policy; its mode (train, eval) is left alone.
+        condition: the prompts, one row a sequence. With ``start``, the condition that ``start`` was drawn with.
+        sampling: guidance and truncation; by default the policy's own distribution.
+        generator: where the draws come from; the same generators give the same draws. A list has one a row drawn.
+        until: draw this many steps in all; by default every step.
+        start: sequences to go on with, drawn with ``keep_state=True``; they stay usable.
+        fork: branch: this many continuations of every row of ``start``, copies adjacent. The prefix is not recomputed.
+        logp: also return the log-probabilities of all drawn tokens under the sampling distribution.
+        keep_state: also return the state, to go on from.
+
+    Raises:
+        ValueError: if there is nothing to draw, or ``start`` cannot be gone on with.
+    """
+    sampling = sampling or Sampling()
+    until = len(condition.schedule) if until is None else until
+    first = 0 if start is None else start.steps
+    if not first < until <= len(condition.schedule):
+        raise ValueError(
+            f"cannot draw steps {first} to {until} of a schedule of {len(condition.schedule)} steps"
+        )
+    if start is None and fork != 1:
+        raise ValueError("fork branches the sequences given as start, and none were given")
+    if start is None:
+        state = policy.start(condition, sampling.guidance)
+        drawn, scored = [], []
+    else:
+        if start.state is None or (logp and start.logp is None):
+            raise ValueError(
+                "start was drawn without keep_state=True, or without the logp that is asked for now"
+            )
+        state = start.state.fork(fork)
+        condition = start.condition.repeat(fork)
+        drawn = [start.actions.repeat_interleave(fork, 0)]
+        scored = [start.logp.repeat_interleave(fork, 0)] if logp and start.logp is not None else []
+    for _ in range(first, until):
+        logits = filter_logits(policy.next_logits(state), sampling)
+        actions = draw(logits, list(generator) if isinstance(generator, Sequence) else generator)
+        policy.advance(state, actions)
+        drawn.append(actions)
+        if logp:
+            chosen = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            scored.append(chosen.flatten(2).sum(-1) if policy.event else chosen)
+    return Rollout(
+        condition,
+        torch.cat(drawn, 1),
+        until,
+        torch.cat(scored, 1) if logp else None,
+        state if keep_state else None,
+    )

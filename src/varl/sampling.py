@@ -1,0 +1,96 @@
+"""How a grid is drawn from logits: guidance, temperature, top-k and top-p, one draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampling", "draw", "filter_logits"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling settings; the defaults draw from the model itself, unguided and untruncated.
+
+    Attributes:
+        guidance: classifier-free guidance as the extra weight on the condition: the logits are
+            (1 + t) * conditional - t * unconditional, with t = guidance times the family's ramp at that step.
+            0 is off, and then no unconditional pass is made.
+        top_k: keep the k most likely classes; 0 keeps all.
+        top_p: keep the most likely classes until their probability reaches p; 1 keeps all.
+        temperature: divides the logits before truncation.
+    """
+
+    guidance: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.guidance < 0:
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or a number of classes, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether draws come from the model's own conditional distribution."""
+        return self.guidance == 0 and self.top_k == 0 and self.top_p == 1 and self.temperature == 1
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, then top-p; classes that cannot be drawn become -inf.
+
+    Ties with the k-th largest value stay; the most likely class always stays.
+
+    Args:
+        logits: [..., classes].
+
+    Returns:
+        [..., classes], unnormalised.
+
+    Raises:
+        ValueError: if top_k exceeds the number of classes.
+    """
+    logits = logits / sampling.temperature if sampling.temperature != 1 else logits
+    classes = logits.shape[-1]
+    if sampling.top_k > classes:
+        raise ValueError(f"top_k is {sampling.top_k}, but there are only {classes} classes")
+    if 0 < sampling.top_k < classes:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ascending, order = logits.sort(dim=-1, stable=True)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return logits
+
+
+def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | None = None) -> Tensor:
+    """One independent draw per position, from already filtered logits.
+
+    By the Gumbel trick; with one generator a row, a row's draws do not depend on the batch it is in.
+
+    Args:
+        logits: [batch, ..., classes].
+        generators: one for all rows, or a list with one a row; None is torch's global generator.
+
+    Returns:
+        int64 [batch, ...].
+    """
+    noise = torch.empty_like(logits, dtype=torch.float32)
+    if isinstance(generators, list):
+        if len(generators) != len(logits):
+            raise ValueError(f"{len(generators)} generators were given for {len(logits)} rows")
+        for row, generator in zip(noise, generators, strict=True):
+            row.exponential_(generator=generator)
+    else:
+        noise.exponential_(generator=generators)
+    return (logits.float() - noise.log()).argmax(-1)

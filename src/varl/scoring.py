@@ -1,0 +1,159 @@
+"""Log-probabilities of given actions: teacher-forced, differentiable, and never whole in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from varl.policy import Condition, Policy
+from varl.sampling import Sampling, filter_logits
+
+__all__ = ["Scores", "log_probs"]
+
+
+@dataclass
+class Scores:
+    """What ``log_probs`` returns; B rows, L tokens of the scored steps. Tokens that were not kept hold 0.
+
+    Attributes:
+        logp: [B, L], or [B, L, *event] if asked per event.
+        entropy: [B, L] in nats, if asked for.
+        kl: [B, L], the exact KL(policy || reference) of each token's distribution, if a reference was given.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+def log_probs(
+    policy: Policy,
+    condition: Condition,
+    actions: Tensor,
+    steps: range | None = None,
+    keep: Tensor | None = None,
+    guidance: Sampling | None = None,
+    *,
+    prefix: Any = None,
+    per_event: bool = False,
+    entropy: bool = False,
+    reference: Policy | None = None,
+    chunk: int = 8192,
+) -> Scores:
+    """Score actions under a policy.
+
+    Args:
+        condition: [B] rows.
+        actions: [B, tokens, *event], at least all tokens up to the end of ``steps``.
+        steps: consecutive steps to score; by default all. A prefix costs a prefix.
+        keep: bool [L] or [B, L], the tokens to run the head on; by default all.
+        guidance: score under this sampling distribution (guided, tempered, renormalised over its support) instead of
+            the policy's own conditional one.
+        prefix: see ``Policy.hidden``.
+        per_event: return log-probabilities per event rather than summed to the token.
+        entropy: also return entropies.
+        reference: also return the exact KL to this policy.
+        chunk: tokens the head is run on at once; logits are recomputed in the backward pass if there are several.
+
+    Raises:
+        ValueError: if the actions do not cover the steps.
+    """
+    schedule = condition.schedule
+    steps = range(len(schedule)) if steps is None else steps
+    span = schedule.span(steps)
+    if actions.shape[1] < span.stop:
+        raise ValueError(f"steps {steps} need {span.stop} tokens, the actions have {actions.shape[1]}")
+    wanted = actions[:, span]
+    if keep is not None and keep.ndim == 1:
+        keep = keep.expand(wanted.shape[:2])
+    weight = _ramp(policy, condition, steps, guidance)
+
+    def pick(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1) if keep is None else hidden[keep]
+
+    def features(model: Policy, given: Any) -> list[Tensor]:
+        rows = [pick(model.hidden(condition, actions, steps, given))]
+        if weight is not None:
+            null = {k: v.expand(condition.batch, *v.shape[1:]) for k, v in condition.null.items()}
+            unconditional = Condition(schedule, null, condition.null)
+            rows.append(pick(model.hidden(unconditional, actions, steps)))
+        return rows
+
+    inputs = features(policy, prefix)
+    if reference is not None:
+        with torch.no_grad():
+            inputs += features(reference, None)
+    target = pick(wanted)
+    ramp = None if weight is None else pick(weight.expand(wanted.shape[:2]))
+
+    def score(target: Tensor, ramp: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
+        half = len(hidden) if reference is None else len(hidden) // 2
+        logp = _distribution(policy, hidden[:half], ramp, guidance)
+        out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
+        p = logp.exp()
+        if entropy:
+            out.append(-_expectation(p, logp).flatten(1).sum(1))
+        if reference is not None:
+            with torch.no_grad():
+                reference_logp = _distribution(reference, hidden[half:], ramp, guidance)
+            out.append(_expectation(p, logp - reference_logp).flatten(1).sum(1))
+        return tuple(out)
+
+    several = len(target) > chunk and torch.is_grad_enabled()
+    pieces = []
+    for start in range(0, max(len(target), 1), chunk):
+        part = slice(start, start + chunk)
+        arguments = (target[part], None if ramp is None else ramp[part], *(h[part] for h in inputs))
+        pieces.append(checkpoint(score, *arguments, use_reentrant=False) if several else score(*arguments))
+    joined = [torch.cat(values) for values in zip(*pieces, strict=True)]
+
+    def spread(values: Tensor) -> Tensor:
+        shape = (*wanted.shape[:2], *values.shape[1:])
+        return (
+            values.view(shape)
+            if keep is None
+            else values.new_zeros(shape).masked_scatter(_like(keep, shape), values)
+        )
+
+    logp = joined[0] if per_event else joined[0].flatten(1).sum(1) if policy.event else joined[0]
+    return Scores(
+        logp=spread(logp),
+        entropy=spread(joined[1]) if entropy else None,
+        kl=spread(joined[-1]) if reference is not None else None,
+    )
+
+
+def _like(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return keep.view(*keep.shape, *(1 for _ in shape[2:])).expand(shape)
+
+
+def _expectation(p: Tensor, values: Tensor) -> Tensor:
+    """Sum over classes of p * values, where classes of no probability count nothing."""
+    return torch.where(p > 0, p * values, 0).sum(-1)
+
+
+def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling | None) -> Tensor | None:
+    """The guidance weight t of every token of ``steps``, or None without guidance."""
+    if guidance is None or guidance.guidance == 0:
+        return None
+    ramp, counts = policy.guidance_ramp(condition.schedule), condition.schedule.counts
+    device = next(iter(condition.features.values())).device
+    weights = [guidance.guidance * ramp[s] for s in steps for _ in range(counts[s])]
+    return torch.tensor(weights, device=device)
+
+
+def _distribution(
+    policy: Policy, hidden: tuple[Tensor, ...], ramp: Tensor | None, guidance: Sampling | None
+) -> Tensor:
+    """Log-probabilities [N, *event, classes] of the kept tokens."""
+    logits = policy.logits(hidden[0])
+    if ramp is not None:
+        t = ramp.view(-1, *(1 for _ in logits.shape[1:]))
+        logits = (1 + t) * logits - t * policy.logits(hidden[1])
+    if guidance is not None:
+        logits = filter_logits(logits, guidance)
+    return logits.log_softmax(-1)
