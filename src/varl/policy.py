@@ -64,9 +64,7 @@ class Condition:
 
     def repeat(self, k: int) -> Condition:
         """Every row ``k`` times, copies adjacent."""
-        return Condition(
-            self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, self.null
-        )
+        return Condition(self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, self.null)
 
 
 @runtime_checkable
@@ -106,9 +104,7 @@ class Policy(Protocol):
     @property
     def default_schedule(self) -> ScaleSchedule: ...
 
-    def schedules(
-        self, resolution: int | None = None, aspect_ratio: float | None = None
-    ) -> ScaleSchedule: ...
+    def schedules(self, resolution: int | None = None, aspect_ratio: float | None = None) -> ScaleSchedule: ...
 
     def guidance_ramp(self, schedule: ScaleSchedule) -> list[float]: ...
 

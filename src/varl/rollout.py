@@ -81,9 +81,7 @@ def rollout(
     until = len(condition.schedule) if until is None else until
     first = 0 if start is None else start.steps
     if not first < until <= len(condition.schedule):
-        raise ValueError(
-            f"cannot draw steps {first} to {until} of a schedule of {len(condition.schedule)} steps"
-        )
+        raise ValueError(f"cannot draw steps {first} to {until} of a schedule of {len(condition.schedule)} steps")
     if start is None and fork != 1:
         raise ValueError("fork branches the sequences given as start, and none were given")
     if start is None:
@@ -91,9 +89,7 @@ def rollout(
         drawn, scored = [], []
     else:
         if start.state is None or (logp and start.logp is None):
-            raise ValueError(
-                "start was drawn without keep_state=True, or without the logp that is asked for now"
-            )
+            raise ValueError("start was drawn without keep_state=True, or without the logp that is asked for now")
         state = start.state.fork(fork)
         condition = start.condition.repeat(fork)
         drawn = [start.actions.repeat_interleave(fork, 0)]

@@ -37,9 +37,7 @@ class ScaleSchedule:
         if not self.grids:
             raise ValueError("a schedule needs at least one grid")
         if any(h < 1 or w < 1 for h, w in self.grids) or self.stride < 1:
-            raise ValueError(
-                f"grid sides and stride must be positive, got {self.grids} with stride {self.stride}"
-            )
+            raise ValueError(f"grid sides and stride must be positive, got {self.grids} with stride {self.stride}")
 
     @classmethod
     def square(cls, sides: tuple[int, ...] | list[int], stride: int = 16) -> ScaleSchedule:
@@ -85,9 +83,7 @@ class ScaleSchedule:
             ValueError: if ``steps`` is empty, not consecutive, or leaves the schedule.
         """
         if len(steps) == 0 or steps.step != 1 or steps.start < 0 or steps.stop > len(self):
-            raise ValueError(
-                f"steps must be a non-empty consecutive range inside 0..{len(self)}, got {steps}"
-            )
+            raise ValueError(f"steps must be a non-empty consecutive range inside 0..{len(self)}, got {steps}")
         return slice(self.offsets[steps.start], self.offsets[steps.stop])
 
     def prefix_tokens(self, m: int) -> int:
@@ -120,18 +116,12 @@ class ScaleSchedule:
             found = [i + 1 for i, side in enumerate(sides) if round(side) * scale == int(value)]
             if not found:
                 known = ", ".join(str(round(side) * scale) for side in sides)
-                raise ValueError(
-                    f"m={m!r}: no step of the schedule has {kind} {value}; the steps have {known}"
-                )
+                raise ValueError(f"m={m!r}: no step of the schedule has {kind} {value}; the steps have {known}")
             count = found[-1]
         else:
-            raise ValueError(
-                f"m={m!r} is not a middle step; use a number of steps, grid:S, pixels:P or quarter"
-            )
+            raise ValueError(f"m={m!r} is not a middle step; use a number of steps, grid:S, pixels:P or quarter")
         if not 1 <= count < len(self):
-            raise ValueError(
-                f"m={m!r} is {count} of {len(self)} steps; a split needs 1 <= m <= {len(self) - 1}"
-            )
+            raise ValueError(f"m={m!r} is {count} of {len(self)} steps; a split needs 1 <= m <= {len(self) - 1}")
         return count
 
     def describe(self) -> str:

@@ -96,11 +96,11 @@ def log_probs(
         out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
         p = logp.exp()
         if entropy:
-            out.append(-_expectation(p, logp).flatten(1).sum(1))
+            out.append(-_expectation(p, logp).view(len(p), -1).sum(1))
         if reference is not None:
             with torch.no_grad():
                 reference_logp = _distribution(reference, hidden[half:], ramp, guidance)
-            out.append(_expectation(p, logp - reference_logp).flatten(1).sum(1))
+            out.append(_expectation(p, logp - reference_logp).view(len(p), -1).sum(1))
         return tuple(out)
 
     several = len(target) > chunk and torch.is_grad_enabled()
@@ -114,9 +114,7 @@ def log_probs(
     def spread(values: Tensor) -> Tensor:
         shape = (*wanted.shape[:2], *values.shape[1:])
         return (
-            values.view(shape)
-            if keep is None
-            else values.new_zeros(shape).masked_scatter(_like(keep, shape), values)
+            values.view(shape) if keep is None else values.new_zeros(shape).masked_scatter(_like(keep, shape), values)
         )
 
     logp = joined[0] if per_event else joined[0].flatten(1).sum(1) if policy.event else joined[0]
@@ -146,9 +144,7 @@ def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling
     return torch.tensor(weights, device=device)
 
 
-def _distribution(
-    policy: Policy, hidden: tuple[Tensor, ...], ramp: Tensor | None, guidance: Sampling | None
-) -> Tensor:
+def _distribution(policy: Policy, hidden: tuple[Tensor, ...], ramp: Tensor | None, guidance: Sampling | None) -> Tensor:
     """Log-probabilities [N, *event, classes] of the kept tokens."""
     logits = policy.logits(hidden[0])
     if ramp is not None:

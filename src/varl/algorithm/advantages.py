@@ -74,8 +74,7 @@ def group_advantages(
     """
     if rewards_PG.ndim != 2 or rewards_PG.shape[1] < 2:
         raise ValueError(
-            "rewards_PG must be [prompts, group] with a group of at least 2, "
-            f"got shape {tuple(rewards_PG.shape)}"
+            f"rewards_PG must be [prompts, group] with a group of at least 2, got shape {tuple(rewards_PG.shape)}"
         )
     if valid_PG is not None and (valid_PG.shape != rewards_PG.shape or valid_PG.dtype != torch.bool):
         raise ValueError(

@@ -233,9 +233,7 @@ def policy_loss(
     )
 
 
-def _policy_term(
-    log_ratio: Tensor, advantage_B: Tensor, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _policy_term(log_ratio: Tensor, advantage_B: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
     """pg [B, L] summed over events; the ratios and which are clipped, both [B, L, E]."""
     ratio = log_ratio.reshape(*log_ratio.shape[:2], -1).exp()
     advantage = advantage_B[:, None, None]
@@ -245,9 +243,7 @@ def _policy_term(
 
 def _step_log_ratio(log_ratio_BL: Tensor, mask_BL: Tensor, step_L: Tensor, count: int) -> Tensor:
     """In value the mask-weighted mean over each step; in gradient each token's own log-ratio."""
-    total_BT = mask_BL.new_zeros(mask_BL.shape[0], count).index_add(
-        1, step_L, log_ratio_BL.detach() * mask_BL
-    )
+    total_BT = mask_BL.new_zeros(mask_BL.shape[0], count).index_add(1, step_L, log_ratio_BL.detach() * mask_BL)
     weight_BT = mask_BL.new_zeros(mask_BL.shape[0], count).index_add(1, step_L, mask_BL)
     mean_BL = torch.where(weight_BT > 0, total_BT / weight_BT, 0.0)[:, step_L]
     return mean_BL + (log_ratio_BL - log_ratio_BL.detach())
@@ -263,9 +259,7 @@ def _kl_term(inputs: LossInput, kl: KL, keep_BL: Tensor) -> Tensor | None:
         if inputs.reference_logp_BL is None:
             return None
         estimate = kl_k3 if kl == "k3" else kl_k2
-        value = estimate(
-            _select(keep_BL, inputs.logp_BL), _select(keep_BL, inputs.reference_logp_BL.detach())
-        )
+        value = estimate(_select(keep_BL, inputs.logp_BL), _select(keep_BL, inputs.reference_logp_BL.detach()))
     return value.reshape(*value.shape[:2], -1).sum(-1)
 
 
@@ -302,19 +296,13 @@ def _relative_steps(steps: Tensor | Sequence[int], device: torch.device) -> tupl
     step_L = torch.as_tensor(steps, device=device, dtype=torch.long)
     jumps = step_L.diff()
     if bool(((jumps < 0) | (jumps > 1)).any()):
-        raise ValueError(
-            "step_of_token_L must ascend without gaps, as ScaleSchedule.step_of_token() gives it"
-        )
+        raise ValueError("step_of_token_L must ascend without gaps, as ScaleSchedule.step_of_token() gives it")
     return int(step_L[0]), step_L - step_L[0]
 
 
-def _check(
-    inputs: LossInput, low: float, high: float, beta: float, kl: str, ratio: str, divisor: float | None
-) -> None:
+def _check(inputs: LossInput, low: float, high: float, beta: float, kl: str, ratio: str, divisor: float | None) -> None:
     if not (low >= 0 and high >= 0 and 0 <= beta < float("inf")):
-        raise ValueError(
-            f"clip and beta must be at least 0 and beta finite, got clip {(low, high)} and beta {beta}"
-        )
+        raise ValueError(f"clip and beta must be at least 0 and beta finite, got clip {(low, high)} and beta {beta}")
     if kl not in get_args(KL) or ratio not in get_args(Ratio):
         raise ValueError(
             f"kl must be one of {', '.join(get_args(KL))} and ratio one of {', '.join(get_args(Ratio))}, "
@@ -346,9 +334,7 @@ def _check(
     for name, shapes in allowed.items():
         value = getattr(inputs, name)
         if value is not None and not any(_fits(tuple(value.shape), each) for each in shapes):
-            raise ValueError(
-                f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
     if inputs.valid_B is not None and inputs.valid_B.dtype != torch.bool:
         raise ValueError(f"valid_B must be bool, got {inputs.valid_B.dtype}")
     if beta > 0 and (inputs.exact_kl_BL if kl == "exact" else inputs.reference_logp_BL) is None:
@@ -357,6 +343,4 @@ def _check(
 
 
 def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(allowed) and all(
-        a is None or a == s for s, a in zip(shape, allowed, strict=True)
-    )
+    return len(shape) == len(allowed) and all(a is None or a == s for s, a in zip(shape, allowed, strict=True))

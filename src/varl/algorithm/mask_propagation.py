@@ -99,8 +99,7 @@ def propagate(mask_hw: Tensor, schedule: ScaleSchedule) -> Tensor:
     """
     if mask_hw.ndim < 2 or tuple(mask_hw.shape[-2:]) != schedule.grids[-1]:
         raise ValueError(
-            f"mask_hw must be [..., h, w] with the finest grid's sides {schedule.grids[-1]}, "
-            f"got {tuple(mask_hw.shape)}"
+            f"mask_hw must be [..., h, w] with the finest grid's sides {schedule.grids[-1]}, got {tuple(mask_hw.shape)}"
         )
     lead = mask_hw.shape[:-2]
     mask = mask_hw if mask_hw.is_floating_point() else mask_hw.float()
@@ -148,9 +147,7 @@ def token_masks(
     """
     _check_options(image_size, schedule.grids[-1], mode, shape, dilation)
     if propagation not in get_args(Propagation):
-        raise ValueError(
-            f"propagation must be one of {', '.join(get_args(Propagation))}, got {propagation!r}"
-        )
+        raise ValueError(f"propagation must be one of {', '.join(get_args(Propagation))}, got {propagation!r}")
     if propagation == "sequential":
         finest = _rasterise(regions, image_size, schedule.grids[-1], mode, shape, dilation)
         mask_NL = propagate(torch.from_numpy(finest), schedule)
@@ -191,8 +188,7 @@ def gradient_mask(
     """
     if image_grad_B3HW.ndim != 4:
         raise ValueError(
-            "image_grad_B3HW must be [batch, channels, height, width], "
-            f"got shape {tuple(image_grad_B3HW.shape)}"
+            f"image_grad_B3HW must be [batch, channels, height, width], got shape {tuple(image_grad_B3HW.shape)}"
         )
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be in [0, 1), got {quantile}")
@@ -248,9 +244,7 @@ def merge_masks(
 
 def _merge_continuations(mask_NL: Tensor, k: int, merge: Merge, empty: Empty) -> Tensor:
     if k < 1 or mask_NL.shape[0] % k:
-        raise ValueError(
-            f"continuations must divide the number of pictures, got {k} for {mask_NL.shape[0]} pictures"
-        )
+        raise ValueError(f"continuations must divide the number of pictures, got {k} for {mask_NL.shape[0]} pictures")
     return merge_masks(mask_NL.reshape(mask_NL.shape[0] // k, k, mask_NL.shape[1]), how=merge, empty=empty)
 
 
@@ -381,9 +375,7 @@ def _hull(points: Array) -> Array:
     return np.array(halves[0] + halves[1])
 
 
-def _check_options(
-    image_size: tuple[int, int], grid: tuple[int, int], mode: str, shape: str, dilation: float
-) -> None:
+def _check_options(image_size: tuple[int, int], grid: tuple[int, int], mode: str, shape: str, dilation: float) -> None:
     if len(image_size) != 2 or len(grid) != 2 or min(image_size) < 1 or min(grid) < 1:
         raise ValueError(f"image_size and grid must be positive (height, width), got {image_size} and {grid}")
     if mode not in get_args(Coverage) or shape not in get_args(RegionShape):

@@ -117,9 +117,7 @@ def _check(
     valid: Tensor | None,
 ) -> None:
     if rewards.ndim < 1 or rewards.shape[-1] < 1:
-        raise ValueError(
-            f"rewards_K must be [..., K] with K >= 1 continuations, got shape {tuple(rewards.shape)}"
-        )
+        raise ValueError(f"rewards_K must be [..., K] with K >= 1 continuations, got shape {tuple(rewards.shape)}")
     if estimator not in get_args(Estimator):
         raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
     if not eta >= 0:
@@ -131,10 +129,6 @@ def _check(
             )
     if estimator in ("soft-reference", "policy"):
         if logp is None or reference_logp is None:
-            raise ValueError(
-                f"estimator {estimator!r} needs logp and reference_logp of every continuation's suffix"
-            )
+            raise ValueError(f"estimator {estimator!r} needs logp and reference_logp of every continuation's suffix")
         if eta == math.inf and (estimator == "policy" or not self_normalised):
-            raise ValueError(
-                f"estimator {estimator!r} has no limit at eta = inf here; use a finite eta or 'mean'"
-            )
+            raise ValueError(f"estimator {estimator!r} has no limit at eta = inf here; use a finite eta or 'mean'")

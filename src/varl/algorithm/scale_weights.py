@@ -122,9 +122,7 @@ def token_weights(
 
 def _counts(counts: Sequence[int], alpha: float) -> Tensor:
     if len(counts) == 0 or any(n < 1 for n in counts):
-        raise ValueError(
-            f"counts must be the tokens of at least one step, each at least 1, got {list(counts)}"
-        )
+        raise ValueError(f"counts must be the tokens of at least one step, each at least 1, got {list(counts)}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha}")
     return torch.tensor(list(counts), dtype=torch.float64)

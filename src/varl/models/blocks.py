@@ -19,9 +19,7 @@ class KeyValueCache:
         like: a tensor that gives dtype and device.
     """
 
-    def __init__(
-        self, layers: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor
-    ) -> None:
+    def __init__(self, layers: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor) -> None:
         self.keys = like.new_empty(layers, rows, heads, tokens, head_width)
         self.values = torch.empty_like(self.keys)
 

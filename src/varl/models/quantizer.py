@@ -86,9 +86,7 @@ class MultiScaleQuantizer(nn.Module):
         Input map i (i >= 1) is the sum of the first i contributions, averaged down to grid i; [B, C, h_i, w_i].
         """
         batch = actions_BL.shape[0]
-        total = actions_BL.new_zeros(
-            (batch, self.embedding.embedding_dim, *self.final_grid), dtype=torch.float32
-        )
+        total = actions_BL.new_zeros((batch, self.embedding.embedding_dim, *self.final_grid), dtype=torch.float32)
         inputs: list[Tensor] = []
         for step in range(self.covered(actions_BL.shape[1])):
             total = total + self.contribution(actions_BL[:, self.schedule.slice(step)], step)

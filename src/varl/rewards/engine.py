@@ -246,9 +246,7 @@ class OcrEngine:
         name = detector.get_inputs()[0].name
         probability = detector.run(None, {name: _normalise(bgr)})[0][0, 0][:h, :w]
         back = np.array([width / w, height / h], np.float32)
-        return [
-            core * back for core in find_cores(probability, self.config.det_thresh, self.config.box_thresh)
-        ]
+        return [core * back for core in find_cores(probability, self.config.det_thresh, self.config.box_thresh)]
 
 
 def _model_files(config: OcrConfig) -> tuple[Path, Path]:
@@ -277,9 +275,7 @@ def _normalise(bgr: np.ndarray) -> np.ndarray:
 def find_cores(probability: np.ndarray, thresh: float, box_thresh: float) -> list[np.ndarray]:
     """Lines in a detector's map float32 [H, W]: the rectangle around each blob of text, float32 [4, 2],
     corners clockwise from the top left, in pixels whose edges (not centres) are whole numbers."""
-    contours, _ = cv2.findContours(
-        (probability > thresh).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
-    )
+    contours, _ = cv2.findContours((probability > thresh).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     cores = []
     for contour in contours:
         x, y, w, h = cv2.boundingRect(contour)

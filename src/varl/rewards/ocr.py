@@ -111,16 +111,10 @@ def ocr_score(
     return OcrScore(completeness + similarity - penalty, completeness, similarity, penalty)
 
 
-def _one_to_one(
-    goal: Sequence[str], found: Sequence[tuple[str, float]], eps: float
-) -> tuple[list[float], list[float]]:
+def _one_to_one(goal: Sequence[str], found: Sequence[tuple[str, float]], eps: float) -> tuple[list[float], list[float]]:
     """Comp's and Sim's term of each wanted word when a recognised word may serve only one."""
     exact, similar = [0.0] * len(goal), [0.0] * len(goal)
-    pairs = [
-        (-character_similarity(g, p, eps), -s, i, j)
-        for i, g in enumerate(goal)
-        for j, (p, s) in enumerate(found)
-    ]
+    pairs = [(-character_similarity(g, p, eps), -s, i, j) for i, g in enumerate(goal) for j, (p, s) in enumerate(found)]
     taken_i: set[int] = set()
     taken_j: set[int] = set()
     for likeness, s, i, j in sorted(pairs):

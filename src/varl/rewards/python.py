@@ -62,9 +62,7 @@ def import_callable(spec: str, options: Mapping[str, Any] | None = None) -> Call
     return target
 
 
-def _check_call(
-    spec: str, target: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
-) -> None:
+def _check_call(spec: str, target: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(target)
     except ValueError:  # builtins without a signature
@@ -94,9 +92,7 @@ class PythonReward:
         failures: how many pictures failed so far, and why.
     """
 
-    def __init__(
-        self, fn: Callable[..., Any], name: str | None = None, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], name: str | None = None, timeout_s: float | None = None) -> None:
         if not callable(fn):
             raise TypeError(f"a reward must be callable, got {type(fn).__name__}")
         if timeout_s is not None and timeout_s <= 0:
@@ -159,9 +155,7 @@ def checked(output: RewardOutput, batch: int) -> RewardOutput:
     def vector(name: str, value: Any, dtype: torch.dtype) -> Tensor:
         tensor = torch.as_tensor(value).detach().to("cpu", dtype)
         if tensor.shape != (batch,):
-            raise ValueError(
-                f"{name} must hold {batch} numbers for {batch} pictures, has shape {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must hold {batch} numbers for {batch} pictures, has shape {tuple(tensor.shape)}")
         return tensor
 
     score = vector("score", output.score, torch.float32)

@@ -79,9 +79,7 @@ class OcrWorker:
         self.crashes = self.timeouts = 0
         self._make_reader = make_reader or partial(OcrEngine, OcrEngine(self.config).config)
         self._lock = threading.Lock()
-        self._seats = [
-            _Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)
-        ]
+        self._seats = [_Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)]
 
     def describe(self) -> dict[str, str]:
         """As ``OcrEngine.describe``, and that it runs in a worker."""
@@ -169,9 +167,7 @@ class _NotStarted(RuntimeError):
 class _Seat:
     """One place for a process, refilled when the process is lost."""
 
-    def __init__(
-        self, make_reader: Callable[[], PictureReader], timeout_s: float, start_timeout_s: float
-    ) -> None:
+    def __init__(self, make_reader: Callable[[], PictureReader], timeout_s: float, start_timeout_s: float) -> None:
         self.make_reader, self.timeout_s, self.start_timeout_s = make_reader, timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0
         self.started = False
@@ -204,9 +200,7 @@ class _Seat:
         self.close()
         context = _context()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(self.make_reader, theirs), name="varl-ocr", daemon=True
-        )
+        self.process = context.Process(target=_serve, args=(self.make_reader, theirs), name="varl-ocr", daemon=True)
         self.process.start()
         theirs.close()
         begin = time.monotonic()

@@ -27,9 +27,7 @@ def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> Non
     save_file(tensors, path, metadata={"family": "inkling", "config": json.dumps(asdict(policy.config))})
 
 
-def load(
-    config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None
-) -> Inkling:
+def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None) -> Inkling:
     """See ``varl.load_policy``."""
     if weights == "random":
         return Inkling(InklingConfig(**(config or {})))
@@ -46,9 +44,7 @@ def load(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("family") != "inkling":
-                raise ValueError(
-                    f"{path} holds weights of {metadata.get('family', 'an unnamed family')}, not Inkling"
-                )
+                raise ValueError(f"{path} holds weights of {metadata.get('family', 'an unnamed family')}, not Inkling")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error

@@ -56,9 +56,7 @@ class InklingState:
     Rows of the caches are the conditional ones, then (with guidance) the unconditional ones.
     """
 
-    def __init__(
-        self, cells: Tensor, total: Tensor, cache: KeyValueCache, copies: int, step: int, guidance: float
-    ):
+    def __init__(self, cells: Tensor, total: Tensor, cache: KeyValueCache, copies: int, step: int, guidance: float):
         self.cells, self.total, self.cache = cells, total, cache
         self.copies, self.step, self.guidance = copies, step, guidance
         self.schedule: ScaleSchedule
@@ -122,9 +120,7 @@ class Inkling(nn.Module):
             ValueError: if another resolution or aspect ratio is asked for.
         """
         if resolution not in (None, PICTURE) or aspect_ratio not in (None, 1.0):
-            raise ValueError(
-                f"Inkling draws {PICTURE}x{PICTURE} pictures only, not {resolution} at {aspect_ratio}"
-            )
+            raise ValueError(f"Inkling draws {PICTURE}x{PICTURE} pictures only, not {resolution} at {aspect_ratio}")
         return self._schedule
 
     def guidance_ramp(self, schedule: ScaleSchedule) -> list[float]:
@@ -184,9 +180,7 @@ class Inkling(nn.Module):
         state.total = state.total + self.tokenizer.quantizer.contribution(actions, state.step)
         state.step += 1
 
-    def hidden(
-        self, condition: Condition, actions: Tensor, steps: range, prefix: InklingState | None = None
-    ) -> Tensor:
+    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: InklingState | None = None) -> Tensor:
         """Teacher-forced features of the tokens of ``steps``: [batch, tokens, width].
 
         Args:
@@ -198,9 +192,7 @@ class Inkling(nn.Module):
         start = steps.start if prefix is not None else 0
         asked = range(start, steps.stop)
         if prefix is not None and prefix.step != steps.start:
-            raise ValueError(
-                f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}"
-            )
+            raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
         with torch.no_grad():
             known = actions[:, : self._schedule.offsets[steps.stop - 1]]
             maps = self.tokenizer.quantizer.accumulate(known, steps.stop)[1] if known.shape[1] else []

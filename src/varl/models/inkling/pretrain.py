@@ -86,9 +86,7 @@ def tokenizer_loss(policy: Inkling, images: Tensor, last: int) -> Tensor:
     return F.mse_loss(tokenizer.picture(shown), images) + 0.25 * feature_error / len(quantizer.schedule)
 
 
-def transformer_loss(
-    policy: Inkling, images: Tensor, prompts: list[Prompt], steps: range, drop: Tensor
-) -> Tensor:
+def transformer_loss(policy: Inkling, images: Tensor, prompts: list[Prompt], steps: range, drop: Tensor) -> Tensor:
     """Mean cross-entropy of the tokens of ``steps``; rows where ``drop`` is true get the null condition."""
     actions = policy.encode(images)
     condition = policy.condition(prompts)
@@ -114,11 +112,7 @@ class _Stage:
 
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return (
-            self.config.learning_rate
-            * warm
-            * (0.55 + 0.45 * math.cos(math.pi * self.step / self.config.steps))
-        )
+        return self.config.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / self.config.steps))
 
     def update(self, loss: Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -161,9 +155,7 @@ def pretrain(config: PretrainConfig, progress: Progress = lambda *_: None) -> In
     if checkpoint.exists():
         data = torch.load(checkpoint, map_location=config.device, weights_only=True)
         if data["identity"] != identity:
-            raise ValueError(
-                f"{checkpoint} was made with another configuration; choose another --out or remove it"
-            )
+            raise ValueError(f"{checkpoint} was made with another configuration; choose another --out or remove it")
         policy.load_state_dict(data["policy"])
         for name, stage in stages.items():
             stage.load(data[name])

@@ -88,9 +88,7 @@ def parse_prompt(text: str) -> tuple[Region, ...]:
         )
     for region in regions:
         if region.place not in PLACES:
-            raise ValueError(
-                f"Inkling's prompt {text!r} has place {region.place!r}; places are {', '.join(PLACES)}"
-            )
+            raise ValueError(f"Inkling's prompt {text!r} has place {region.place!r}; places are {', '.join(PLACES)}")
         bad = sorted(set(region.word) - set(ALPHABET))
         if bad or not MIN_LETTERS <= len(region.word) <= MAX_LETTERS:
             raise ValueError(

@@ -45,9 +45,7 @@ class LinearEncoder(nn.Module):
         """Features [B, coarse + fine, H / cell, W / cell] of pictures in [0, 1]."""
         components, rest = self._split(images_B3HW - 0.5)
         fine = torch.einsum("dc,bchw->bdhw", self.fine, _patches(rest, self.cell))
-        return torch.cat(
-            [F.interpolate(components, scale_factor=self.block, mode="nearest") / self.block, fine], 1
-        )
+        return torch.cat([F.interpolate(components, scale_factor=self.block, mode="nearest") / self.block, fine], 1)
 
     def _split(self, x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         patches = _patches(x_B3HW, self.block * self.cell)
@@ -141,9 +139,7 @@ class Tokenizer(nn.Module):
             share.copy_(_k_means(cells, len(share), rounds, generator))
             known = table[: bounds[step + 1]]
             z = resize_area(rest, grid).flatten(2).transpose(1, 2)
-            index = torch.cat(
-                [(known.square().sum(1) - 2 * part @ known.T).argmin(-1) for part in z.split(64)]
-            )
+            index = torch.cat([(known.square().sum(1) - 2 * part @ known.T).argmin(-1) for part in z.split(64)])
             rest = rest - self.quantizer.contribution(index, step)
 
 
@@ -152,9 +148,7 @@ def _k_means(points: Tensor, k: int, rounds: int, generator: torch.Generator) ->
     points = points[torch.randperm(len(points), generator=generator)[: 64 * k]]
     centres = points[torch.randint(len(points), (k,), generator=generator)].clone()
     for _ in range(rounds):
-        index = torch.cat(
-            [(centres.square().sum(1) - 2 * p @ centres.T).argmin(1) for p in points.split(4096)]
-        )
+        index = torch.cat([(centres.square().sum(1) - 2 * p @ centres.T).argmin(1) for p in points.split(4096)])
         count = torch.bincount(index, minlength=k)
         total = torch.zeros_like(centres).index_add_(0, index, points)
         centres = torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), centres)

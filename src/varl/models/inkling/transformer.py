@@ -22,9 +22,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(
-        self, x_BLC: Tensor, counts: list[int], cache: KeyValueCache | None, layer: int, start: int
-    ) -> Tensor:
+    def forward(self, x_BLC: Tensor, counts: list[int], cache: KeyValueCache | None, layer: int, start: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x_BLC)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
@@ -71,9 +69,7 @@ class Transformer(nn.Module):
     def _initialise(self, depth: int) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(
-                    module.weight, std=(1 / self.width) ** 0.5 if module is not self.cell else 0.5
-                )
+                nn.init.normal_(module.weight, std=(1 / self.width) ** 0.5 if module is not self.cell else 0.5)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
