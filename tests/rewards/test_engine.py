@@ -76,8 +76,7 @@ def test_reading_does_not_depend_on_the_batch(engine, readings, pictures):
 
 def test_threads_do_not_change_the_reading(readings, pictures):
     assert all(
-        same(a, b)
-        for a, b in zip(OcrEngine(OcrConfig(threads=2)).read(stack(pictures[:9])), readings, strict=False)
+        same(a, b) for a, b in zip(OcrEngine(OcrConfig(threads=2)).read(stack(pictures[:9])), readings, strict=False)
     )
 
 
@@ -124,9 +123,7 @@ def test_word_boxes_split_a_line():
     assert [word.text for word in words] == ["GRAND", "SALE"]
     assert np.mean([words[0].confidence, words[1].confidence]) == pytest.approx(line.confidence, abs=0.05)
     gap = 20 + face.getlength("GRAND "), 20 + face.getlength("GRAND")
-    for word, (x0, x1) in zip(
-        words, [(20, gap[1]), (gap[0], 20 + face.getlength("GRAND SALE"))], strict=True
-    ):
+    for word, (x0, x1) in zip(words, [(20, gap[1]), (gap[0], 20 + face.getlength("GRAND SALE"))], strict=True):
         _, top, _, bottom = face.getbbox("GRAND")
         assert iou(word.polygon, (int(x0), 100 + int(top), int(x1), 100 + int(bottom))) > 0.7
 

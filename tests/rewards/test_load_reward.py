@@ -126,6 +126,12 @@ def test_a_number_that_is_not_finite_fails_its_picture_only():
     assert reward.failures.total == 2
 
 
+def test_a_failed_score_reads_nan():
+    out = RewardOutput.from_scores([1.0, float("inf")], 2)
+    assert out.failed.tolist() == [False, True]
+    assert out.score.isnan().tolist() == [False, True]
+
+
 def test_a_full_output_passes_through():
     def full(images, prompts):
         return RewardOutput(

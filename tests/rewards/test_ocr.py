@@ -108,6 +108,7 @@ def test_word_metrics_follow_the_evaluator():
     # tea against tea!: one edit over four characters.
     assert word_neds(["TEA"], ["grand", "tea!"]) == pytest.approx([0.75], abs=1e-5)
     assert ned(["TEA", "GRAND"], ["grand tea!"]) == pytest.approx(0.875, abs=1e-5)
+    assert word_neds(["abcd"], ["abxx"]) == pytest.approx([0.5], abs=1e-5)  # no similarity is too small
     assert ned(["TEA"], []) == 0
     assert word_accuracy(["TEA"], []) == 0
     assert np.isnan(word_accuracy([], ["tea"]))
@@ -147,9 +148,7 @@ def test_reward_of_rendered_pictures():
     right = torch.tensor([True, False, True, True, True, True])
     assert (out.score[right] > 1.7).all()
     assert out.score[1] < 0
-    torch.testing.assert_close(
-        out.score, out.parts["completeness"] + out.parts["similarity"] - out.parts["penalty"]
-    )
+    torch.testing.assert_close(out.score, out.parts["completeness"] + out.parts["similarity"] - out.parts["penalty"])
     assert out.parts["word_accuracy"].tolist() == [1, 0, 1, 1, 1, 1]
     assert [len(r) for r in out.regions] == [len(p.words) for p in pictures]
     assert [t.lower().split() for t in out.texts] == [[w.lower() for w in p.words] for p in pictures]
