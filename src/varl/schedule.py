@@ -72,7 +72,7 @@ class ScaleSchedule:
         h, w = self.grids[-1]
         return h * self.stride, w * self.stride
 
-    def slice(self, step: int) -> slice:
+    def tokens_of(self, step: int) -> slice:
         """Where ``step`` lies in the flattened sequence."""
         return slice(self.offsets[step], self.offsets[step + 1])
 

@@ -21,7 +21,7 @@ class Scores:
 
     Attributes:
         logp: [B, L], or [B, L, *event] if asked per event.
-        entropy: [B, L] in nats, if asked for.
+        entropy: [B, L] in nats, without gradient, if asked for.
         kl: [B, L], the exact KL(policy || reference) of each token's distribution, if a reference was given.
     """
 
@@ -90,13 +90,13 @@ def log_probs(
     target = pick(wanted)
     ramp = None if weight is None else pick(weight.expand(wanted.shape[:2]))
 
-    def score(target: Tensor, ramp: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
+    def score(target: Tensor, ramp: Tensor | None, hidden: list[Tensor]) -> tuple[Tensor, ...]:
         half = len(hidden) if reference is None else len(hidden) // 2
         logp = _distribution(policy, hidden[:half], ramp, guidance)
         out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
         p = logp.exp()
         if entropy:
-            out.append(-_expectation(p, logp).view(len(p), -1).sum(1))
+            out.append(-_expectation(p.detach(), logp.detach()).view(len(p), -1).sum(1))
         if reference is not None:
             with torch.no_grad():
                 reference_logp = _distribution(reference, hidden[half:], ramp, guidance)
@@ -107,7 +107,7 @@ def log_probs(
     pieces = []
     for start in range(0, max(len(target), 1), chunk):
         part = slice(start, start + chunk)
-        arguments = (target[part], None if ramp is None else ramp[part], *(h[part] for h in inputs))
+        arguments = (target[part], None if ramp is None else ramp[part], [h[part] for h in inputs])
         pieces.append(checkpoint(score, *arguments, use_reentrant=False) if several else score(*arguments))
     joined = [torch.cat(values) for values in zip(*pieces, strict=True)]
 
@@ -144,7 +144,7 @@ def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling
     return torch.tensor(weights, device=device)
 
 
-def _distribution(policy: Policy, hidden: tuple[Tensor, ...], ramp: Tensor | None, guidance: Sampling | None) -> Tensor:
+def _distribution(policy: Policy, hidden: list[Tensor], ramp: Tensor | None, guidance: Sampling | None) -> Tensor:
     """Log-probabilities [N, *event, classes] of the kept tokens."""
     logits = policy.logits(hidden[0])
     if ramp is not None:

@@ -89,7 +89,7 @@ class MultiScaleQuantizer(nn.Module):
         total = actions_BL.new_zeros((batch, self.embedding.embedding_dim, *self.final_grid), dtype=torch.float32)
         inputs: list[Tensor] = []
         for step in range(self.covered(actions_BL.shape[1])):
-            total = total + self.contribution(actions_BL[:, self.schedule.slice(step)], step)
+            total = total + self.contribution(actions_BL[:, self.schedule.tokens_of(step)], step)
             if step + 1 < inputs_until:
                 inputs.append(resize_area(total, self.schedule.grids[step + 1]))
         return total, inputs

@@ -147,7 +147,7 @@ class Inkling(nn.Module):
 
     @torch.no_grad()
     def start(self, condition: Condition, guidance: float = 0.0) -> InklingState:
-        """An empty sequence; ``guidance`` is the extra weight t of ``Sampling.guidance``, ramped linearly over steps."""
+        """An empty sequence; ``guidance`` is that of ``Sampling``, ramped over the steps."""
         cells = condition.features["cells"]
         copies = 2 if guidance > 0 else 1
         size = (len(cells), self.config.coarse + self.config.fine, *self._schedule.grids[-1])

@@ -118,7 +118,7 @@ class _Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -183,7 +183,7 @@ def _identity(config: PretrainConfig) -> str:
 
 def _loss(policy: Inkling, config: PretrainConfig, index: int, stage: _Stage) -> Tensor:
     images, prompts = sample_batch((config.seed, index, stage.step), stage.config.batch)
-    images = images.to(config.device).contiguous(memory_format=torch.channels_last)
+    images = images.to(config.device).contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = len(policy.default_schedule)
     if stage.name == "tokenizer":
         return tokenizer_loss(policy, images, steps - 1 - stage.step // 2 % 2)

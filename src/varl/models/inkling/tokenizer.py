@@ -27,7 +27,7 @@ class LinearEncoder(nn.Module):
     """Principal components of patches at two sizes, stacked as channels of one map.
 
     ``coarse`` components describe patches of ``block`` cells a side and are repeated over their cells, so averaging the
-    map down by ``block`` keeps them whole: the grid of that size can say what strokes a patch holds. ``fine`` components
+    map down by ``block`` keeps them whole: the grid of that size can say what strokes a patch holds. ``fine`` ones
     describe what the coarse ones leave, cell by cell. Scaled so that squared distances between features are squared
     distances between pictures, as far as the components reach.
     """

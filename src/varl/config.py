@@ -1,0 +1,245 @@
+"""The configuration of a training run: typed, complete, and checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from varl.algorithm import KL, AdvantageKind, Count, Coverage, Empty, Estimator, Merge, Propagation, Ratio, RegionShape
+from varl.sampling import Sampling
+from varl.schedule import MiddleStep
+
+__all__ = [
+    "EvaluationConfig",
+    "MaskConfig",
+    "MethodConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "PromptConfig",
+    "RunConfig",
+    "TrainConfig",
+]
+
+
+def _need(fine: bool, message: str) -> None:
+    if not fine:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Which model.
+
+    Attributes:
+        family: a model family; ``inkling`` is embedded.
+        weights: path of a checkpoint; by default the one that comes with the package.
+        config: the family's own settings, for other shapes.
+    """
+
+    family: str = "inkling"
+    weights: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Which prompts.
+
+    Attributes:
+        source: a prompt file (.txt, .jsonl or CVTG-2K's .json), or ``inkling:train`` / ``inkling:held-out``, generated.
+        count: how many prompts to generate; ignored for files.
+        seed: of the generated prompts, and of the order.
+        region_counts: share of prompts by their number of text regions, e.g. {2: 0.2, 3: 0.3, 4: 0.3, 5: 0.2}.
+    """
+
+    source: str = "inkling:train"
+    count: int = 1024
+    seed: int = 0
+    region_counts: dict[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        _need(self.count > 0, f"prompts.count must be positive, got {self.count}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Mask propagation (paper, section 3.5).
+
+    Attributes:
+        enabled: restrict the policy term to tokens that the reward's regions trace back to.
+        propagation: from grid to grid, fine to coarse, or straight from the picture at every scale.
+        empty: what a picture without regions trains: everything, or nothing.
+        merge: how the masks of a prefix's continuations are joined.
+        coverage, shape, dilation: how a region becomes cells of the final grid; dilation in pixels.
+        count: tokens that the step weights count: the whole grid's, or only masked ones.
+        kl: restrict the KL term too.
+    """
+
+    enabled: bool = True
+    propagation: Propagation = "sequential"
+    empty: Empty = "ones"
+    merge: Merge = "union"
+    coverage: Coverage = "overlap"
+    shape: RegionShape = "polygon"
+    dilation: float = 0.0
+    count: Count = "grid"
+    kl: bool = False
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is sampled, what is rewarded, and which steps are trained.
+
+    Attributes:
+        update: ``alternate`` between prefix and suffix updates (the paper's method), or always ``full`` (vanilla GRPO),
+            ``prefix`` or ``suffix``.
+        prefix_updates, suffix_updates: the alternation n : m.
+        middle: the middle step: ``quarter``, ``grid:S``, ``pixels:P`` or a number of steps.
+        prompts: prompts an update.
+        group: samples a prompt, compared with one another.
+        continuations: K, continuations drawn from every prefix of a prefix update.
+        value: estimator of the middle return; ``soft`` is the paper's. With K = 1 it is the terminal reward.
+        eta: temperature of the middle return.
+        suffix_state: one prefix shared by a suffix group, or one of its own for each sample.
+        advantage: how rewards of a group become advantages.
+        alpha: exponent of the step weights k_t = 1 / n_t^alpha.
+        rescale: divide by the sum of k_t n_t, so that alpha does not change the learning rate.
+        mask: mask propagation.
+        clip: of the probability ratio, 1 - clip to 1 + clip.
+        epochs: optimizer steps on every batch of samples.
+        beta: weight of the KL to the initial policy; 0 holds no reference.
+        kl: estimator of that KL.
+        ratio: probability ratio of a token, or the geometric mean over a step.
+        logp: log-probabilities under the ``policy``'s own distribution, or under the ``sampling`` one.
+    """
+
+    update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
+    prefix_updates: int = 3
+    suffix_updates: int = 1
+    middle: MiddleStep = "quarter"
+    prompts: int = 4
+    group: int = 8
+    continuations: int = 2
+    value: Estimator = "soft"
+    eta: float = 1.0
+    suffix_state: Literal["shared", "independent"] = "shared"
+    advantage: AdvantageKind = "std"
+    alpha: float = 0.6
+    rescale: bool = True
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    clip: float = 0.2
+    epochs: int = 1
+    beta: float = 0.01
+    kl: KL = "k3"
+    ratio: Ratio = "token"
+    logp: Literal["policy", "sampling"] = "policy"
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "continuations", "epochs", "prefix_updates", "suffix_updates"):
+            _need(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+        _need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
+        _need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
+        _need(self.beta >= 0, f"method.beta must be 0 or more, got {self.beta}")
+        _need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the initial policy must be held."""
+        return self.beta > 0 or self.value in ("soft-reference", "policy")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up.
+
+    Attributes:
+        learning_rate: after the warm-up.
+        warmup_from, warmup_updates: the rate the warm-up starts at, and its length.
+        suffix_scale: factor on the learning rate of suffix updates.
+        betas, weight_decay: of AdamW.
+        clip_norm: largest norm of the gradient.
+    """
+
+    learning_rate: float = 1e-5
+    warmup_from: float = 1e-6
+    warmup_updates: int = 20
+    suffix_scale: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _need(self.learning_rate > 0, f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        _need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        source, count, prompt_seed: the prompts, as in ``prompts``.
+        seed: of the pictures.
+        every: updates between evaluations; 0 evaluates only before and after.
+        enabled: evaluate at all.
+    """
+
+    source: str = "inkling:held-out"
+    count: int = 128
+    prompt_seed: int = 1
+    seed: int = 0
+    every: int = 0
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where and how.
+
+    Attributes:
+        out: run folder; a run found there is gone on with.
+        updates: optimizer updates in all.
+        seed: of everything drawn in training.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of the model; 0 leaves torch's choice.
+        micro_batch: sequences in one forward and backward pass.
+        save_every: updates between checkpoints.
+        keep: checkpoints kept.
+        gallery_every: updates between pictures of samples and masks; 0 is never.
+        diagnose_every: updates between measurements of the gradient's norm per step; 0 is never.
+    """
+
+    out: Path = Path("runs/train")
+    updates: int = 100
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    micro_batch: int = 32
+    save_every: int = 20
+    keep: int = 2
+    gallery_every: int = 20
+    diagnose_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "micro_batch", "save_every", "keep"):
+            _need(getattr(self, name) > 0, f"run.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``varl train`` needs.
+
+    Attributes:
+        policy, prompts, sampling, method, optimizer, evaluation, run: the sections.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with ``name`` and the reward's options.
+    """
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    reward: str | dict[str, Any] = "ocr"
+    sampling: Sampling = field(default_factory=Sampling)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,179 @@
+"""The kinds of update: who is sampled, what is rewarded, which steps are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varl.algorithm import Advantages, group_advantages, middle_return, token_masks
+from varl.config import MaskConfig, MethodConfig
+from varl.policy import Condition, Policy
+from varl.rewards import RewardOutput
+from varl.rollout import Rollout, rollout, row_generators
+from varl.sampling import Sampling
+from varl.schedule import ScaleSchedule
+from varl.scoring import log_probs
+
+__all__ = ["Drawn", "Kind", "Plan", "advantages", "draw", "kind_of_update", "masks", "plan", "returns"]
+
+Kind = Literal["full", "prefix", "suffix"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shape of one update.
+
+    Attributes:
+        kind: full, prefix or suffix.
+        steps: the trained steps.
+        heads: sequences drawn for every prompt, up to ``branch_at``.
+        tails: continuations of each, to the end.
+        branch_at: the step at which sequences branch; the number of all steps if they do not.
+        group: sequences of a prompt whose returns are compared.
+        continuations: pictures that one trained sequence is valued by.
+    """
+
+    kind: Kind
+    steps: range
+    heads: int
+    tails: int
+    branch_at: int
+    group: int
+    continuations: int
+
+    @property
+    def pictures(self) -> int:
+        """Pictures scored for every prompt."""
+        return self.heads * self.tails
+
+
+def kind_of_update(method: MethodConfig, update: int) -> Kind:
+    """The kind of update number ``update`` (0-based): the alternation starts with its prefix updates."""
+    if method.update != "alternate":
+        return method.update
+    return "prefix" if update % (method.prefix_updates + method.suffix_updates) < method.prefix_updates else "suffix"
+
+
+def plan(kind: Kind, method: MethodConfig, schedule: ScaleSchedule) -> Plan:
+    """The plan of an update of a kind (method, sections 3 and 7).
+
+    Raises:
+        ValueError: if the middle step is none of the schedule's.
+    """
+    total = len(schedule)
+    if kind == "full":
+        return Plan(kind, range(total), method.group, 1, total, method.group, 1)
+    m = schedule.middle(method.middle)
+    if kind == "prefix":
+        return Plan(kind, range(m), method.group, method.continuations, m, method.group, method.continuations)
+    if method.suffix_state == "shared":
+        return Plan(kind, range(m, total), 1, method.group, m, method.group, 1)
+    return Plan(kind, range(m, total), method.group, 1, total, method.group, 1)
+
+
+@dataclass
+class Drawn:
+    """The sequences of one update.
+
+    Attributes:
+        trained: the sequences that are trained, [prompts * group] rows, up to the end of the trained steps or further.
+        whole: the finished sequences, [prompts * pictures] rows; ``continuations`` adjacent rows belong to one of
+            ``trained``.
+    """
+
+    trained: Rollout
+    whole: Rollout
+
+
+def draw(policy: Policy, condition: Condition, plan: Plan, sampling: Sampling, seed: Sequence[int]) -> Drawn:
+    """Draw an update's sequences; every row has a generator of its own, seeded by (seed, stage, row).
+
+    Args:
+        condition: one row a prompt.
+    """
+    heads = condition.repeat(plan.heads)
+    total = len(condition.schedule)
+    first = row_generators((*seed, 0), heads.batch)
+    if plan.branch_at == total:
+        whole = rollout(policy, heads, sampling, first)
+        return Drawn(whole, whole)
+    prefix = rollout(policy, heads, sampling, first, until=plan.branch_at, keep_state=True)
+    second = row_generators((*seed, 1), heads.batch * plan.tails)
+    whole = rollout(policy, heads, sampling, second, start=prefix, fork=plan.tails)
+    prefix.state = None
+    return Drawn(prefix if plan.kind == "prefix" else whole, whole)
+
+
+def returns(
+    output: RewardOutput,
+    drawn: Drawn,
+    plan: Plan,
+    method: MethodConfig,
+    policy: Policy,
+    reference: Policy | None,
+    micro_batch: int,
+) -> tuple[Tensor, Tensor]:
+    """The return of every trained sequence and whether it is valid, both [prompts, group].
+
+    For a prefix it is the middle return V_m over its continuations (Eq. 10); a prefix with a failed continuation is not
+    valid: a mean of fewer draws is another number.
+    """
+    score, failed = output.score.view(-1, plan.continuations), output.failed.view(-1, plan.continuations)
+    valid = ~failed.any(1)
+    score = score.masked_fill(failed, 0)
+    if plan.kind != "prefix":
+        value = score.squeeze(1)
+    else:
+        logp = reference_logp = None
+        if method.value in ("soft-reference", "policy"):
+            if reference is None:
+                raise ValueError(f"the value estimator {method.value!r} needs a reference policy")
+            suffix = range(plan.branch_at, len(drawn.whole.condition.schedule))
+            logp, reference_logp = (
+                _sequence_logp(model, drawn.whole, suffix, micro_batch).view(-1, plan.continuations)
+                for model in (policy, reference)
+            )
+        value = middle_return(score, estimator=method.value, eta=method.eta, logp=logp, reference_logp=reference_logp)
+    return value.view(-1, plan.group), valid.view(-1, plan.group)
+
+
+@torch.no_grad()
+def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: int) -> Tensor:
+    """Log-probability of all tokens of ``steps`` together, [rows], on the CPU."""
+    parts = []
+    for rows in torch.arange(len(whole)).split(micro_batch):
+        scores = log_probs(policy, whole.condition.select(rows), whole.actions[rows], steps)
+        parts.append(scores.logp.sum(1).cpu())
+    return torch.cat(parts)
+
+
+def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Advantages:
+    """Group-relative advantages of the returns (method, section 4)."""
+    return group_advantages(value_PG, valid_PG, kind=method.advantage)
+
+
+def masks(
+    output: RewardOutput, plan: Plan, schedule: ScaleSchedule, mask: MaskConfig, image_size: tuple[int, int]
+) -> Tensor | None:
+    """The propagated mask of every trained sequence, [prompts * group, tokens of all steps]; None if masks are off.
+
+    A reward without regions trains everything.
+    """
+    if not mask.enabled or output.regions is None:
+        return None
+    return token_masks(
+        output.regions,
+        image_size,
+        schedule,
+        continuations=plan.continuations,
+        merge=mask.merge,
+        propagation=mask.propagation,
+        empty=mask.empty,
+        mode=mask.coverage,
+        shape=mask.shape,
+        dilation=mask.dilation,
+    )
