@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from varl.rewards.engine import Line, OcrConfig, OcrEngine, Unread, in_reading_order
+from varl.rewards.engine import Line, OcrConfig, OcrEngine, Unread, _decode, in_reading_order
 
 from .rendering import Picture, draw, draw_many, font, stack
 
@@ -105,11 +105,11 @@ def test_reads_other_sizes(height, width):
 def test_slanted_text_has_a_slanted_polygon(engine):
     image = Image.new("RGB", (256, 256), (240, 240, 240))
     ImageDraw.Draw(image).text((50, 105), "HOTEL", font=font("DejaVuSans-Bold", 44), fill=(0, 0, 120))
-    image = image.rotate(20, fillcolor=(240, 240, 240))
+    image = image.rotate(35, fillcolor=(240, 240, 240))
     (lines,) = engine.read(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
     assert [line.text for line in lines] == ["HOTEL"]
     run, fall = lines[0].polygon[1] - lines[0].polygon[0]
-    assert np.degrees(np.arctan2(-fall, run)) == pytest.approx(20, abs=4)
+    assert np.degrees(np.arctan2(-fall, run)) == pytest.approx(35, abs=4)
 
 
 def test_word_boxes_split_a_line():
@@ -123,9 +123,27 @@ def test_word_boxes_split_a_line():
     assert [word.text for word in words] == ["GRAND", "SALE"]
     assert np.mean([words[0].confidence, words[1].confidence]) == pytest.approx(line.confidence, abs=0.05)
     gap = 20 + face.getlength("GRAND "), 20 + face.getlength("GRAND")
+    assert words[0].polygon[1, 0] == pytest.approx(gap[1], abs=4)
+    assert words[1].polygon[0, 0] == pytest.approx(gap[0], abs=4)
     for word, (x0, x1) in zip(words, [(20, gap[1]), (gap[0], 20 + face.getlength("GRAND SALE"))], strict=True):
         _, top, _, bottom = face.getbbox("GRAND")
         assert iou(word.polygon, (int(x0), 100 + int(top), int(x1), 100 + int(bottom))) > 0.7
+
+
+def test_decoding_collapses_repeats_and_drops_blanks():
+    columns = ["a", "a", "", "a", " ", "", "b"]  # the best path; blanks separate true repeats
+    alphabet = ["", "a", "b", " "]
+    sure = [0.9, 0.3, 0.5, 0.7, 0.8, 0.5, 0.6]
+    probabilities = np.zeros((len(columns), len(alphabet)), np.float32)
+    for i, (character, p) in enumerate(zip(columns, sure, strict=True)):
+        probabilities[i, alphabet.index(character)] = p
+    ((text, confidence, start, end),) = _decode(probabilities, alphabet, by_word=False)
+    assert (text, start, end) == ("aa b", 0, 7)
+    assert confidence == pytest.approx((0.9 + 0.7 + 0.8 + 0.6) / 4)
+    words = _decode(probabilities, alphabet, by_word=True)
+    assert [(w[0], pytest.approx(w[1])) for w in words] == [("aa", 0.8), ("b", 0.6)]
+    assert words[0][2] < 0.5 < 3.5 < words[0][3] <= words[1][2] < 6.5 < words[1][3]
+    assert _decode(np.eye(4, dtype=np.float32)[[0, 3, 0]], alphabet, by_word=False) == []
 
 
 def test_a_broken_picture_is_unread_and_no_other(engine, pictures, readings):

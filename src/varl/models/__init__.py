@@ -9,7 +9,7 @@ from typing import Any
 
 from varl.policy import Policy
 
-__all__ = ["FAMILIES", "load_policy"]
+__all__ = ["FAMILIES", "load_policy", "save_policy"]
 
 FAMILIES = {"inkling": "varl.models.inkling"}
 """Family name -> the module whose ``load(config, weights)`` builds a policy; imported when first used."""
@@ -33,3 +33,8 @@ def load_policy(family: str, config: Mapping[str, Any] | None = None, weights: W
     if family not in FAMILIES:
         raise ValueError(f"no model family {family!r}; there are {', '.join(sorted(FAMILIES))}")
     return import_module(FAMILIES[family]).load(config, weights)
+
+
+def save_policy(policy: Policy, path: Path) -> None:
+    """Write a policy's weights as a file that ``load_policy`` reads."""
+    import_module(FAMILIES[policy.family]).save(policy, path)

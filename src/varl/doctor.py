@@ -1,0 +1,84 @@
+"""Checks that a policy, its caches and the reward do what training relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from varl.policy import Policy, Prompt
+from varl.rewards import Reward
+from varl.rollout import rollout, row_generators
+from varl.scoring import log_probs
+
+__all__ = ["Check", "check_policy", "check_reader"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report."""
+
+    name: str
+    fine: bool
+    found: str
+
+
+def check_policy(policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1e-4) -> Iterator[Check]:
+    """Check what policy gradients rest on, on sequences drawn from the policy's own distribution.
+
+    Args:
+        prompts: at least two.
+        tolerance: largest difference of log-probabilities, in nats, that rounding may explain.
+    """
+    condition = policy.condition(prompts)
+    schedule = condition.schedule
+    drawn = rollout(policy, condition, None, row_generators((0,), len(prompts)), logp=True)
+    assert drawn.logp is not None
+    with torch.no_grad():
+        plain = log_probs(policy, condition, drawn.actions).logp
+    trained = log_probs(policy, condition, drawn.actions).logp
+    off = float(((trained - plain).exp() - 1).abs().max())
+    yield Check("on-policy ratio is exactly 1", off == 0, f"largest |ratio - 1| = {off:.1e}")
+
+    for step in range(len(schedule)):
+        span = schedule.tokens_of(step)
+        off = float((drawn.logp[:, span] - plain[:, span]).abs().max())
+        h, w = schedule.grids[step]
+        yield Check(f"rollout = replay, step {step + 1} ({h}x{w})", off < tolerance, f"largest difference {off:.1e}")
+
+    with torch.no_grad():
+        one = torch.cat(
+            [log_probs(policy, condition.select([i]), drawn.actions[i : i + 1]).logp for i in range(len(prompts))]
+        )
+    off = float((one - plain).abs().max())
+    yield Check("a row does not depend on its batch", off < tolerance, f"largest difference {off:.1e}")
+
+    head = rollout(policy, condition, None, row_generators((1,), len(prompts)), until=1, keep_state=True, logp=True)
+    rows = row_generators((2,), 2 * len(prompts))
+    forked = rollout(policy, condition, None, rows, start=head, fork=2, logp=True)
+    assert forked.logp is not None
+    with torch.no_grad():
+        replayed = log_probs(policy, forked.condition, forked.actions).logp
+    off = float((forked.logp - replayed).abs().max())
+    yield Check("continuations of a fork = replay", off < tolerance, f"largest difference {off:.1e}")
+
+    again = rollout(policy, condition, None, row_generators((0,), len(prompts)))
+    same = bool((again.actions == drawn.actions).all())
+    yield Check("seeded draws repeat", same, "all tokens equal" if same else "tokens differ")
+
+
+def check_reader(reward: Reward) -> Check:
+    """Check that an OCR reward reads a word drawn in plain black on white."""
+    picture = Image.new("RGB", (192, 64), "white")
+    font = ImageFont.load_default(size=36)
+    ImageDraw.Draw(picture).text((24, 10), "HARBEL", fill="black", font=font)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    image = pixels.view(1, 64, 192, 3).permute(0, 3, 1, 2).float() / 255
+    output = reward(image, [Prompt("the word 'HARBEL'", words=("HARBEL",))])
+    if bool(output.failed.any()):
+        return Check("the reward is alive", False, "it failed on a plain picture")
+    read = output.texts[0] if output.texts else ""
+    fine = "harbel" in read.lower() if output.texts is not None else True
+    return Check("the reward is alive", fine, f"read {read!r}, score {float(output.score[0]):.2f}")

@@ -1,0 +1,214 @@
+"""From advantages to a gradient step: log-probabilities, loss, backward, optimizer; in micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varl.algorithm import LossInput, LossOutput, policy_loss, token_weights
+from varl.config import MethodConfig, OptimizerConfig
+from varl.policy import Policy
+from varl.rollout import Rollout
+from varl.sampling import Sampling
+from varl.scoring import Scores, log_probs
+
+__all__ = ["Batch", "Learner"]
+
+Stage = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass
+class Batch:
+    """What a gradient step learns from; B sequences, L tokens of the trained steps.
+
+    Attributes:
+        sequences: the trained sequences.
+        steps: the trained steps.
+        advantage_B, valid_B: of every sequence; sequences that are not valid carry no term at all.
+        mask_BL: propagated masks, or None.
+        rate: factor on the learning rate.
+    """
+
+    sequences: Rollout
+    steps: range
+    advantage_B: Tensor
+    valid_B: Tensor
+    mask_BL: Tensor | None = None
+    rate: float = 1.0
+
+
+class Learner:
+    """Holds the optimizer and takes gradient steps on the policy's trainable part.
+
+    Args:
+        policy, reference: the policy, and the frozen initial one (None if beta is 0).
+        sampling: the sampling distribution, used when ``method.logp`` is ``sampling``.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        method: MethodConfig,
+        optimizer: OptimizerConfig,
+        sampling: Sampling,
+        micro_batch: int,
+    ) -> None:
+        self.policy, self.reference, self.method, self.config = policy, reference, method, optimizer
+        self.guidance = sampling if method.logp == "sampling" and not sampling.is_plain else None
+        self.micro_batch, self.steps_taken = micro_batch, 0
+        self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, optimizer.learning_rate, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+
+    def rate(self) -> float:
+        """The learning rate of the next step: linear warm-up, then constant."""
+        c = self.config
+        share = min(1.0, self.steps_taken / c.warmup_updates) if c.warmup_updates else 1.0
+        return min(c.warmup_from, c.learning_rate) * (1 - share) + c.learning_rate * share
+
+    def learn(self, batch: Batch, stage: Stage, diagnose: bool = False) -> dict[str, Any]:
+        """One optimizer step an epoch on a batch; returns what there is to log.
+
+        A non-finite loss or gradient skips the step and is counted in ``skipped``.
+        """
+        rows = torch.arange(len(batch.sequences)).split(self.micro_batch)
+        old: dict[int, Tensor] = {}
+        log: dict[str, Any] = {"skipped": 0}
+        for epoch in range(self.method.epochs):
+            self.optimizer.zero_grad(set_to_none=True)
+            outputs: list[LossOutput] = []
+            entropies: list[Tensor] = []
+            for index, part in enumerate(rows):
+                with stage("logp"):
+                    inputs, scores = self._inputs(batch, part, old.get(index))
+                old.setdefault(index, inputs.logp_BL.detach())
+                with stage("backward"):
+                    output = self._loss(inputs, len(batch.sequences))
+                    if diagnose and epoch == 0 and index == 0:
+                        log["gradient_norm_by_step"] = self._norms_by_step(inputs, len(part))
+                    output.loss.backward()
+                outputs.append(output)
+                if scores.entropy is not None:
+                    entropies.append(scores.entropy)
+            with stage("optimizer"):
+                norm, taken = self._step(outputs, batch.rate)
+            log["skipped"] += not taken
+            log |= _summary(outputs, batch, [len(part) for part in rows]) | {"gradient_norm": norm}
+            if entropies:
+                log["entropy_by_step"] = self._mean_by_step(torch.cat(entropies), batch)
+        return log
+
+    def _inputs(self, batch: Batch, rows: Tensor, old_logp: Tensor | None) -> tuple[LossInput, Scores]:
+        method, steps = self.method, batch.steps
+        condition, actions = batch.sequences.condition.select(rows), batch.sequences.actions[rows]
+        exact = method.kl == "exact" and method.beta > 0
+        scores = log_probs(
+            self.policy,
+            condition,
+            actions,
+            steps,
+            guidance=self.guidance,
+            entropy=old_logp is None,
+            reference=self.reference if exact else None,
+        )
+        reference_logp = None
+        if method.beta > 0 and not exact and self.reference is not None:
+            with torch.no_grad():
+                reference_logp = log_probs(self.reference, condition, actions, steps, guidance=self.guidance).logp
+        schedule, device = condition.schedule, scores.logp.device
+        counts = [schedule.counts[s] for s in steps]
+        mask = None if batch.mask_BL is None else batch.mask_BL[rows].to(device)
+        plain = token_weights(counts, method.alpha, rescale=method.rescale, device=device)
+        weight, kl_weight = plain, None
+        if mask is not None and method.mask.count == "masked":
+            weight = token_weights(counts, method.alpha, rescale=method.rescale, mask_BL=mask, count="masked")
+            kl_weight = None if method.mask.kl else plain
+        inputs = LossInput(
+            logp_BL=scores.logp,
+            old_logp_BL=scores.logp.detach() if old_logp is None else old_logp,
+            advantage_B=batch.advantage_B[rows].to(device),
+            weight_BL=weight,
+            step_of_token_L=[s for s in steps for _ in range(schedule.counts[s])],
+            mask_BL=mask,
+            reference_logp_BL=reference_logp,
+            exact_kl_BL=scores.kl,
+            valid_B=batch.valid_B[rows].to(device),
+            kl_weight_BL=kl_weight,
+        )
+        return inputs, scores
+
+    def _loss(self, inputs: LossInput, divisor: int) -> LossOutput:
+        m = self.method
+        return policy_loss(
+            inputs, clip=m.clip, beta=m.beta, kl=m.kl, mask_kl=m.mask.kl, ratio=m.ratio, divisor=float(divisor)
+        )
+
+    def _norms_by_step(self, inputs: LossInput, divisor: int) -> list[float]:
+        """The norm of the parameters' gradient that each trained step's terms give, over one micro-batch."""
+        norms = []
+        step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
+        for step in dict.fromkeys(step_of_token.tolist()):
+            own = (step_of_token == step).to(inputs.weight_BL.dtype)
+            kl_weight = None if inputs.kl_weight_BL is None else inputs.kl_weight_BL * own
+            part = replace(inputs, weight_BL=inputs.weight_BL * own, kl_weight_BL=kl_weight)
+            loss = self._loss(part, divisor).loss
+            gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None)))
+        return norms
+
+    def _step(self, outputs: list[LossOutput], factor: float) -> tuple[float, bool]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        if not (math.isfinite(norm) and all(math.isfinite(float(o.loss)) for o in outputs)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm, False
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate() * factor
+        self.optimizer.step()
+        self.steps_taken += 1
+        return norm, True
+
+    @staticmethod
+    def _mean_by_step(values_BL: Tensor, batch: Batch) -> list[float]:
+        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
+        return [float(part.mean()) for part in values_BL.split(counts, 1)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "steps_taken": self.steps_taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_taken = state["steps_taken"]
+
+
+def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[str, Any]:
+    """One record of all micro-batches: sums of loss terms, means and extremes of the rest."""
+    total = float(sum(sizes))
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return sum((v.double().cpu() * n for v, n in zip(values, sizes, strict=True)), torch.zeros(())) / total
+
+    policy_term = sum((o.policy_term_T.double().cpu() for o in outputs), torch.zeros(()))
+    kl_term = sum((o.kl_term_T.double().cpu() for o in outputs), torch.zeros(()))
+    magnitude = policy_term.abs() + kl_term.abs()
+    log: dict[str, Any] = {
+        "loss": float(sum(float(o.loss) for o in outputs)),
+        "loss_share_by_step": (magnitude / magnitude.sum().clamp(min=1e-12)).tolist(),
+        "log_ratio_by_step": mean([o.log_ratio_mean_T for o in outputs]).tolist(),
+        "log_ratio_max": max(float(o.log_ratio_max_T.max()) for o in outputs),
+        "clip_fraction": float(mean([torch.as_tensor(o.clip_fraction) for o in outputs])),
+    }
+    kl_means = [o.kl_mean_T for o in outputs if o.kl_mean_T is not None]
+    if len(kl_means) == len(outputs):
+        log["kl_by_step"] = mean(kl_means).tolist()
+    if batch.mask_BL is not None:
+        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
+        log["masked_share_by_step"] = [float(part.mean()) for part in batch.mask_BL.split(counts, 1)]
+    return log

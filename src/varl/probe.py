@@ -1,0 +1,182 @@
+"""The measured answer to "which m?": what share of the reward each step has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from varl.policy import Policy, Prompt
+from varl.rewards import Reward
+from varl.rollout import rollout, row_generators
+from varl.sampling import Sampling
+from varl.schedule import ScaleSchedule
+from varl.scoring import log_probs
+
+__all__ = ["Probe", "StepReport", "decided_share", "probe"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is known of one step.
+
+    Attributes:
+        step: number of steps drawn (m).
+        side: side of the last grid drawn, sqrt(h w).
+        tokens_left: share of all tokens that are still to be drawn.
+        share: share of the within-prompt reward variance that the state decides, in [0, 1] but for noise.
+        error: its standard error, by the jackknife over prompts.
+        entropy: mean entropy of this step's tokens, in nats.
+    """
+
+    step: int
+    side: float
+    tokens_left: float
+    share: float
+    error: float
+    entropy: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of ``probe``."""
+
+    schedule: ScaleSchedule
+    steps: list[StepReport]
+    pictures: int
+    failed: int
+
+    def suggestion(self) -> tuple[int, int]:
+        """(m, prefix updates for each suffix update).
+
+        m is the first step that has decided three quarters of the reward's variance, else the one that has decided
+        most; the alternation follows the shares that prefix and suffix decide, from 1 to 9.
+        """
+        inner = self.steps[:-1]
+        enough = [s for s in inner if s.share >= 0.75]
+        best = enough[0] if enough else max(inner, key=lambda s: s.share)
+        ratio = best.share / max(1 - best.share, 1e-6)
+        return best.step, max(1, min(9, round(ratio)))
+
+    def table(self) -> Table:
+        """A table of the steps."""
+        table = Table(title=f"decided at each step ({self.pictures} pictures, {self.failed} failed)")
+        for name in ("steps", "grid side", "tokens left", "reward decided", "entropy / token"):
+            table.add_column(name, justify="right")
+        for s in self.steps:
+            share = f"{s.share:.2f} ± {s.error:.2f}"
+            table.add_row(str(s.step), f"{s.side:g}", f"{s.tokens_left:.0%}", share, f"{s.entropy:.2f}")
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        m, n = self.suggestion()
+        return {
+            "grids": self.schedule.grids,
+            "pictures": self.pictures,
+            "failed": self.failed,
+            "steps": [asdict(s) for s in self.steps],
+            "suggested_m": m,
+            "suggested_alternation": [n, 1],
+        }
+
+    def plot(self, path: Path) -> None:
+        """Save a figure: reward decided and tokens drawn against the step."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        x = [s.step for s in self.steps]
+        axes.errorbar(x, [s.share for s in self.steps], [s.error for s in self.steps], marker="o", capsize=3)
+        axes.plot(x, [1 - s.tokens_left for s in self.steps], color="0.6", linestyle="--", marker="s")
+        axes.axvline(self.suggestion()[0], color="tab:green", alpha=0.5)
+        axes.set_xticks(x, [f"{s.side:g}" for s in self.steps])
+        axes.set(xlabel="side of the last grid drawn", ylabel="share", ylim=(-0.05, 1.05))
+        axes.legend(["suggested m", "tokens drawn", "reward variance decided"])
+        figure.savefig(path, dpi=150)
+
+
+def decided_share(scores_PNK: Tensor) -> tuple[float, float]:
+    """The share of the within-prompt variance of a reward that lies between prefixes, and its standard error.
+
+    One-way random effects: with mean squares between and within the N prefixes of a prompt, pooled over prompts, the
+    variance between is (MS_between - MS_within) / K, the one within MS_within.
+
+    Args:
+        scores_PNK: P prompts, N >= 2 prefixes of each, K >= 2 continuations of each prefix.
+
+    Raises:
+        ValueError: if there are fewer than 2 prompts, prefixes or continuations.
+    """
+    prompts, prefixes, k = scores_PNK.shape
+    if min(prompts, prefixes, k) < 2:
+        raise ValueError(f"a probe needs 2 prompts, prefixes and continuations at least, got {(prompts, prefixes, k)}")
+    scores = scores_PNK.double()
+    means = scores.mean(2)
+    within_P = (scores - means[:, :, None]).square().sum((1, 2)) / (prefixes * (k - 1))
+    between_P = (k * (means - means.mean(1, keepdim=True)).square().sum(1) / (prefixes - 1) - within_P) / k
+
+    def share(between: Tensor, within: Tensor) -> Tensor:
+        return between / (between + within).clamp(min=1e-12)
+
+    total_between, total_within = between_P.sum(), within_P.sum()
+    left_out = share(total_between - between_P, total_within - within_P)
+    error = ((prompts - 1) / prompts * (left_out - left_out.mean()).square().sum()).sqrt()
+    return float(share(total_between, total_within)), float(error)
+
+
+@torch.no_grad()
+def probe(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    prefixes: int = 4,
+    continuations: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Probe:
+    """Measure, for every step, how much of the reward its state has decided.
+
+    For each step, ``prefixes`` states of every prompt are drawn and each goes on ``continuations`` times from its
+    caches; pictures that the reward fails on drop their prompt from that step's measurement.
+
+    Raises:
+        ValueError: if a step keeps fewer than two prompts.
+    """
+    condition = policy.condition(prompts)
+    schedule = condition.schedule
+    sequence = rollout(policy, condition, sampling, row_generators((seed, 0), len(prompts)))
+    entropy = log_probs(policy, condition, sequence.actions, entropy=True).entropy
+    assert entropy is not None
+    entropies = [float(part.mean()) for part in entropy.split(list(schedule.counts), 1)]
+    heads, reports, failed = condition.repeat(prefixes), [], 0
+    for m in range(1, len(schedule)):
+        start = rollout(policy, heads, sampling, row_generators((seed, m, 0), heads.batch), until=m, keep_state=True)
+        rows = row_generators((seed, m, 1), heads.batch * continuations)
+        whole = rollout(policy, heads, sampling, rows, start=start, fork=continuations)
+        shown = [prompt for prompt in prompts for _ in range(prefixes * continuations)]
+        output = reward(policy.decode(whole.actions).float().cpu(), shown)
+        failed += int(output.failed.sum())
+        scores = output.score.view(len(prompts), prefixes, continuations)
+        kept = ~output.failed.view(len(prompts), -1).any(1)
+        share, error = decided_share(scores[kept])
+        reports.append(_report(schedule, m, share, error, entropies))
+        progress(m, len(schedule) - 1)
+    reports.append(_report(schedule, len(schedule), 1.0, 0.0, entropies))
+    pictures = len(prompts) * prefixes * continuations * (len(schedule) - 1)
+    return Probe(schedule, reports, pictures, failed)
+
+
+def _report(schedule: ScaleSchedule, m: int, share: float, error: float, entropies: list[float]) -> StepReport:
+    h, w = schedule.grids[m - 1]
+    left = 1 - schedule.prefix_tokens(m) / schedule.tokens
+    return StepReport(m, float((h * w) ** 0.5), left, share, error, entropies[m - 1])

@@ -1,0 +1,131 @@
+"""What a run leaves on disk: its configuration, metrics, pictures, evaluations, checkpoints and finished weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import varl
+from varl.config import TrainConfig
+from varl.evaluation.held_out import Evaluation
+from varl.models import save_policy
+from varl.policy import Policy, Prompt
+from varl.run.checkpoint import Checkpoints
+from varl.run.gallery import save_before_after, save_gallery
+from varl.run.metrics import MetricsWriter
+from varl.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from varl.rewards import RewardOutput
+
+__all__ = ["RunFolder", "plain"]
+
+_MAY_CHANGE = {"run": ("out", "updates", "device", "threads", "save_every", "keep", "gallery_every", "diagnose_every")}
+"""Settings that may differ between a run and its continuation: none of them changes an update's numbers."""
+
+
+def plain(value: Any) -> Any:
+    """A configuration as plain values that YAML and JSON hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Raises:
+        ValueError: if the folder holds a run of another configuration; nothing is overwritten.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = config.run.out
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim(plain(asdict(config)))
+        self.metrics = MetricsWriter(self.path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep)
+
+    def _claim(self, config: dict[str, Any]) -> None:
+        file = self.path / "config.yaml"
+        if file.exists():
+            earlier = yaml.safe_load(file.read_text())["config"]
+            changed = _differences(_fixed(earlier), _fixed(config))
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); "
+                    "choose another --run.out, or the earlier settings to go on with it"
+                )
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+        text = yaml.safe_dump({"varl": varl.__version__, "machine": machine, "config": config}, sort_keys=False)
+        file.write_text(text)
+
+    def gallery(
+        self,
+        update: int,
+        prompts: Sequence[Prompt],
+        images: Tensor,
+        output: RewardOutput,
+        advantages: Tensor,
+        masks: Tensor | None,
+        schedule: ScaleSchedule,
+    ) -> None:
+        """Pictures of samples with their rewards and propagated masks."""
+        count = len(images)
+        texts = None if output.texts is None else output.texts[:count]
+        path = self.path / "gallery" / f"update-{update:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_gallery(path, prompts, images, output.score[:count], advantages, texts, masks, schedule)
+
+    def evaluation(self, update: int, pictures: int, prompts: Sequence[Prompt], result: Evaluation) -> None:
+        """Note a held-out evaluation; its pictures are kept for the comparison of before and after."""
+        folder = self.path / "evaluations"
+        folder.mkdir(exist_ok=True)
+        record = {"update": update, "pictures": pictures, **result.to_dict()}
+        (folder / f"update-{update:06d}.json").write_text(json.dumps(record, indent=1))
+        torch.save({"images": result.images, "texts": result.texts}, folder / f"update-{update:06d}.pt")
+        first = folder / "update-000000.pt"
+        if update and first.exists() and result.texts is not None:
+            before = torch.load(first, weights_only=True)
+            save_before_after(
+                self.path / "before_after.png",
+                prompts[:16],
+                before["images"][:16],
+                result.images[:16],
+                before["texts"][:16],
+                result.texts[:16],
+            )
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """All evaluations noted so far, in order of updates."""
+        return [json.loads(p.read_text()) for p in sorted((self.path / "evaluations").glob("update-*.json"))]
+
+    def finish(self, policy: Policy) -> Path:
+        """Write the finished weights in the family's own format."""
+        path = self.path / "weights.safetensors"
+        save_policy(policy, path)
+        return path
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    sections = {}
+    for section, values in config.items():
+        drop = _MAY_CHANGE.get(section, ())
+        sections[section] = {k: v for k, v in values.items() if k not in drop} if isinstance(values, dict) else values
+    return sections
+
+
+def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        keys = sorted(earlier.keys() | now.keys(), key=str)
+        return [d for key in keys for d in _differences(earlier.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if earlier == now else [f"{path} was {earlier!r}, is now {now!r}"]

@@ -1,0 +1,224 @@
+"""The training loop. ``Trainer.step`` reads like one update of the method, top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from varl import updates
+from varl.config import TrainConfig
+from varl.evaluation.held_out import Evaluation, evaluate
+from varl.learner import Batch, Learner
+from varl.models import load_policy
+from varl.policy import Policy
+from varl.prompts import PromptStream, resolve_prompts
+from varl.rewards import RewardOutput, load_reward
+from varl.run.folder import RunFolder
+
+__all__ = ["Trainer", "frozen_copy"]
+
+logger = logging.getLogger(__name__)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A copy of the policy whose trainable part is its own and frozen, and whose other parts are shared."""
+    module = cast(nn.Module, policy)
+    kept = {id(part): part for part in module.children() if part is not policy.trainable}
+    twin = copy.deepcopy(module, memo=dict(kept))
+    for parameter in cast(Policy, twin).trainable.parameters():
+        parameter.requires_grad_(False)
+    return cast(Policy, twin)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: if ``cuda`` is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device is {name}, but torch sees no GPU; use auto or cpu")
+    return torch.device(name)
+
+
+class Trainer:
+    """One training run: built from a configuration, checked, resumable.
+
+    Everything random is drawn from (seed, update, row) or from the position in the prompts, so a run that goes on from
+    a checkpoint gives the numbers of one that was never stopped.
+
+    Raises:
+        ValueError, FileNotFoundError: before any work starts, if the configuration cannot be carried out.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, run = config, config.run
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        self.device = choose_device(run.device)
+        self.policy = load_policy(config.policy.family, config.policy.config, config.policy.weights)
+        cast(nn.Module, self.policy).to(self.device).eval()
+        for parameter in cast(nn.Module, self.policy).parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.policy.trainable.parameters():
+            parameter.requires_grad_(True)
+        self.schedule = self.policy.default_schedule
+        for kind in ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,):
+            updates.plan(kind, config.method, self.schedule)
+
+        p, e = config.prompts, config.evaluation
+        prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
+        if len(prompts) < config.method.prompts:
+            raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
+        self.policy.condition(prompts)
+        self.stream = PromptStream(prompts, seed=p.seed)
+        self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
+        self.reward = load_reward(config.reward)
+        self.reference = frozen_copy(self.policy) if config.method.needs_reference else None
+        self.learner = Learner(
+            self.policy, self.reference, config.method, config.optimizer, config.sampling, run.micro_batch
+        )
+        self.update, self.pictures = 0, 0
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.folder = RunFolder(config)
+        self._resume()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the step by name."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+
+    def step(self) -> dict[str, Any]:
+        """One update; returns its record for the log."""
+        method, self.seconds = self.config.method, defaultdict(float)
+        plan = updates.plan(updates.kind_of_update(method, self.update), method, self.schedule)
+        prompts = [prompt for _, prompt in self.stream.next(method.prompts)]
+        shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
+
+        with self.stage("condition"):
+            condition = self.policy.condition(prompts)
+        with self.stage("rollout"):
+            drawn = updates.draw(
+                self.policy, condition, plan, self.config.sampling, (self.config.run.seed, self.update)
+            )
+        with self.stage("decode"):
+            images = self._decode(drawn.whole.actions)
+        with self.stage("reward"):
+            output = self.reward(images, shown)
+        with self.stage("return"):
+            value_PG, valid_PG = updates.returns(
+                output, drawn, plan, method, self.policy, self.reference, self.config.run.micro_batch
+            )
+            advantages = updates.advantages(value_PG, valid_PG, method)
+        with self.stage("mask"):
+            mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
+        batch = Batch(
+            sequences=drawn.trained,
+            steps=plan.steps,
+            advantage_B=advantages.advantage_PG.flatten().float(),
+            valid_B=~advantages.dropped_P.repeat_interleave(plan.group),
+            mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
+            rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
+        )
+        record = self._record(plan, output, value_PG, advantages)
+        record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
+        self.update += 1
+        self.pictures += len(images)
+        record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
+        if self._due(self.config.run.gallery_every, after=True):
+            keep = torch.arange(min(len(images), 4 * plan.pictures))
+            trained = keep // plan.continuations
+            flat = advantages.advantage_PG.flatten()[trained]
+            masks = None if mask is None else mask[trained]
+            self.folder.gallery(self.update, [shown[i] for i in keep], images[keep], output, flat, masks, self.schedule)
+        return record
+
+    def run(self, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        """Train until the configured number of updates, with evaluations, checkpoints and pictures on the way."""
+        every = self.config.evaluation.every
+        if self.held_out and self.update == 0:
+            self.evaluate()
+        while self.update < self.config.run.updates:
+            record = self.step()
+            self.folder.metrics.write(record)
+            progress(record)
+            last = self.update == self.config.run.updates
+            if self.held_out and (last or (every and self.update % every == 0)):
+                self.evaluate()
+            if last or self.update % self.config.run.save_every == 0:
+                self.save()
+        self.folder.finish(self.policy)
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """Evaluate on the held-out prompts and note the result in the run folder."""
+        result = evaluate(
+            self.policy, self.held_out, self.config.sampling, self.reward, seed=self.config.evaluation.seed
+        )
+        self.folder.evaluation(self.update, self.pictures, self.held_out, result)
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {
+            "update": self.update,
+            "pictures": self.pictures,
+            "policy": self.policy.trainable.state_dict(),
+            "learner": self.learner.state_dict(),
+            "prompts": self.stream.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        if self.reference is not None:
+            state["reference"] = self.reference.trainable.state_dict()
+        self.folder.checkpoints.save(self.update, state)
+
+    def _resume(self) -> None:
+        state = self.folder.checkpoints.load(self.device)
+        if state is None:
+            self.folder.metrics.truncate_after(0)
+            return
+        self.update, self.pictures = state["update"], state["pictures"]
+        self.policy.trainable.load_state_dict(state["policy"])
+        self.learner.load_state_dict(state["learner"])
+        self.stream.load_state_dict(state["prompts"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if self.reference is not None:
+            self.reference.trainable.load_state_dict(state["reference"])
+        self.folder.metrics.truncate_after(self.update)
+        logger.info("going on from update %d", self.update)
+
+    def _due(self, every: int, after: bool = False) -> bool:
+        return every > 0 and (self.update if after else self.update + 1) % every == 0
+
+    def _decode(self, actions: Tensor) -> Tensor:
+        parts = actions.split(max(self.config.run.micro_batch, 1))
+        return torch.cat([self.policy.decode(part).float().cpu() for part in parts])
+
+    def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:
+        fine = ~output.failed
+        parts = {"score": output.score, **output.parts}
+        kept = ~advantages.dropped_P
+        return {
+            "kind": plan.kind,
+            "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
+            "failed_pictures": int(output.failed.sum()),
+            "return": float(value_PG[kept].mean()) if kept.any() else None,
+            "group_std": float(advantages.group_std_P[kept].mean()) if kept.any() else None,
+            "zero_variance_groups": float(advantages.zero_variance_P.float().mean()),
+            "dropped_groups": float(advantages.dropped_P.float().mean()),
+            "advantage_abs": float(advantages.advantage_PG.abs().mean()),
+        }
