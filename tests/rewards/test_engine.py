@@ -105,11 +105,11 @@ def test_reads_other_sizes(height, width):
 def test_slanted_text_has_a_slanted_polygon(engine):
     image = Image.new("RGB", (256, 256), (240, 240, 240))
     ImageDraw.Draw(image).text((50, 105), "HOTEL", font=font("DejaVuSans-Bold", 44), fill=(0, 0, 120))
-    image = image.rotate(35, fillcolor=(240, 240, 240))
+    image = image.rotate(60, fillcolor=(240, 240, 240))
     (lines,) = engine.read(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
     assert [line.text for line in lines] == ["HOTEL"]
     run, fall = lines[0].polygon[1] - lines[0].polygon[0]
-    assert np.degrees(np.arctan2(-fall, run)) == pytest.approx(35, abs=4)
+    assert np.degrees(np.arctan2(-fall, run)) == pytest.approx(60, abs=4)
 
 
 def test_word_boxes_split_a_line():
@@ -123,8 +123,8 @@ def test_word_boxes_split_a_line():
     assert [word.text for word in words] == ["GRAND", "SALE"]
     assert np.mean([words[0].confidence, words[1].confidence]) == pytest.approx(line.confidence, abs=0.05)
     gap = 20 + face.getlength("GRAND "), 20 + face.getlength("GRAND")
-    assert words[0].polygon[1, 0] == pytest.approx(gap[1], abs=4)
-    assert words[1].polygon[0, 0] == pytest.approx(gap[0], abs=4)
+    assert words[0].polygon[1, 0] == pytest.approx(gap[1], abs=3)
+    assert words[1].polygon[0, 0] == pytest.approx(gap[0], abs=2.5)
     for word, (x0, x1) in zip(words, [(20, gap[1]), (gap[0], 20 + face.getlength("GRAND SALE"))], strict=True):
         _, top, _, bottom = face.getbbox("GRAND")
         assert iou(word.polygon, (int(x0), 100 + int(top), int(x1), 100 + int(bottom))) > 0.7
