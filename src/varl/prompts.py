@@ -54,8 +54,8 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not UTF-8, holds no prompt, or a line or entry is not of its format; the message names
-            it.
+        ValueError: if the file is not UTF-8, holds no prompt, or a line or entry is not of its format;
+            the message names it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -174,7 +174,8 @@ class PromptStream:
         """
         if n < 1:
             raise ValueError(f"a batch needs at least one prompt, got {n}")
-        size, batch = len(self.prompts), []
+        size = len(self.prompts)
+        batch: list[int] = []
         for drawn in range(n):
             if self.position % size == 0:
                 # Prompts drawn before a whole number of lists are repeated anyway.
