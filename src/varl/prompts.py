@@ -241,7 +241,7 @@ def with_region_counts(prompts: Sequence[Prompt], target: Mapping[int, float], s
             there = sorted({len(p.words) for p in prompts})
             raise ValueError(f"no prompt has {count} text regions; the prompts have {', '.join(map(str, there))}")
     # Rounded because 3 / 0.3 is 10.000000000000002 or 9.99...; a share is met to within one prompt either way.
-    total = math.floor(min(round(len(having[count]) / share, 6) for count, share in shares.items()))
+    total = math.floor(min(len(having[count]) / share for count, share in shares.items()))
     exact = {count: round(total * share, 6) for count, share in shares.items()}
     quota = {count: math.floor(value) for count, value in exact.items()}
     by_remainder = sorted(exact, key=lambda count: quota[count] - exact[count])
@@ -278,7 +278,7 @@ def inkling_prompts(count: int, seed: int = 0, held_out: bool = False) -> list[P
 def resolve_prompts(
     source: str | Path,
     *,
-    count: int | None = None,
+    count: int = 512,
     seed: int = 0,
     region_counts: Mapping[int, float] | None = None,
 ) -> list[Prompt]:
@@ -286,22 +286,19 @@ def resolve_prompts(
 
     Args:
         source: a file for ``load_prompts``, or ``inkling:train`` or ``inkling:held-out`` for generated ones.
-        count: of a file, the first that many, None for all; of Inkling's, how many, None for 512.
+        count: how many prompts to generate; ignored for files, which give all of theirs.
         seed: of generated prompts and of ``region_counts``.
         region_counts: then keep what follows this distribution of text regions, see ``with_region_counts``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the source is unknown, the file is not right, or it holds fewer than ``count`` prompts.
+        ValueError: if the source is unknown, the file or the distribution is not right.
     """
     name = str(source)
     if name in ("inkling:train", "inkling:held-out"):
-        prompts = inkling_prompts(512 if count is None else count, seed, name == "inkling:held-out")
+        prompts = inkling_prompts(count, seed, name == "inkling:held-out")
     elif name.startswith("inkling:"):
         raise ValueError(f"no prompts {name!r}; there are inkling:train, inkling:held-out, and paths of prompt files")
     else:
         prompts = load_prompts(source)
-        if count is not None and not 1 <= count <= len(prompts):
-            raise ValueError(f"count must be between 1 and the {len(prompts)} prompts of {source}, got {count}")
-        prompts = prompts[:count]
     return prompts if region_counts is None else with_region_counts(prompts, region_counts, seed)

@@ -105,9 +105,10 @@ class RunFolder:
                 result.texts[:16],
             )
 
-    def evaluations(self) -> list[dict[str, Any]]:
+    def results(self) -> list[Evaluation]:
         """All evaluations noted so far, in order of updates."""
-        return [json.loads(p.read_text()) for p in sorted((self.path / "evaluations").glob("update-*.json"))]
+        files = sorted((self.path / "evaluations").glob("update-*.json"))
+        return [Evaluation.from_dict(json.loads(file.read_text())) for file in files]
 
     def finish(self, policy: Policy) -> Path:
         """Write the finished weights in the family's own format."""

@@ -183,7 +183,7 @@ def _identity(config: PretrainConfig) -> str:
 
 def _loss(policy: Inkling, config: PretrainConfig, index: int, stage: _Stage) -> Tensor:
     images, prompts = sample_batch((config.seed, index, stage.step), stage.config.batch)
-    images = images.to(config.device).contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = images.to(config.device).contiguous(memory_format=torch.channels_last)
     steps = len(policy.default_schedule)
     if stage.name == "tokenizer":
         return tokenizer_loss(policy, images, steps - 1 - stage.step // 2 % 2)

@@ -1,0 +1,5 @@
+import sys
+
+from varl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,276 @@
+"""What each command does; ``varl.cli`` parses for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from varl.config import PolicyConfig, TrainConfig
+from varl.doctor import check_policy, check_reader
+from varl.errors import checking
+from varl.evaluation.held_out import comparison_table
+from varl.evaluation.held_out import evaluate as evaluate_policy
+from varl.models import load_policy
+from varl.models.inkling.checkpoint import save as save_inkling
+from varl.models.inkling.pretrain import PretrainConfig
+from varl.models.inkling.pretrain import pretrain as pretrain_inkling
+from varl.policy import Policy, Prompt
+from varl.probe import probe as probe_policy
+from varl.prompts import resolve_prompts
+from varl.rewards import load_reward
+from varl.rollout import rollout, row_generators
+from varl.run.gallery import save_pictures
+from varl.sampling import Sampling
+from varl.trainer import Trainer, choose_device
+
+__all__ = ["doctor", "evaluate", "generate", "pretrain", "probe", "train"]
+
+console = Console()
+SHIPPED_SAMPLING = Sampling()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def train(config: TrainConfig) -> None:
+    """Tune a policy with reinforcement learning, as a recipe says.
+
+    The run folder holds the configuration, metrics (JSON lines and TensorBoard), pictures with their masks,
+    evaluations, checkpoints and, at the end, the tuned weights. The same command goes on with a run that was stopped.
+    """
+    with checking():
+        trainer = Trainer(config)
+    total = config.run.updates
+    console.print(f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}")
+    with _progress() as bar:
+        task = bar.add_task("evaluating", total=total, completed=trainer.update, note="")
+
+        def show(record: dict[str, Any]) -> None:
+            parts = record["reward"]
+            shown = {k: v for k, v in parts.items() if k in ("score", "word_accuracy") and v is not None}
+            note = "  ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in shown.items())
+            if record["dropped_groups"]:
+                note += f"  [red]dropped {record['dropped_groups']:.0%} of groups[/]"
+            bar.update(task, completed=record["update"], description=f"{record['kind']:>6}", note=note)
+
+        trainer.run(show)
+    results = trainer.folder.results()
+    if len(results) > 1:
+        console.print(comparison_table(results[0], results[-1]))
+    picture = trainer.folder.path / "before_after.png"
+    if picture.exists():
+        console.print(f"before and after: {picture}")
+    console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of ``varl generate``.
+
+    Attributes:
+        prompt: prompts as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom"; instead of a source.
+        source: prompt file, or ``inkling:held-out``.
+        count: how many prompts to generate or take.
+        out: the picture to write: one sheet of all samples.
+        policy, sampling: the model and how it is sampled.
+        seed: of the draws.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    prompt: list[str] = field(default_factory=list)
+    source: str = "inkling:held-out"
+    count: int = 16
+    out: Path = Path("pictures.png")
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    seed: int = 0
+    device: str = "auto"
+
+
+def _load(config: PolicyConfig, device: str) -> Policy:
+    policy = load_policy(config.family, config.config, config.weights)
+    cast(torch.nn.Module, policy).to(choose_device(device)).eval()
+    return policy
+
+
+def generate(config: GenerateConfig) -> None:
+    """Draw pictures for prompts and save them as one sheet."""
+    with checking():
+        prompts = [Prompt(text) for text in config.prompt] or resolve_prompts(config.source, count=config.count)
+        prompts = prompts[: max(config.count, len(config.prompt))]
+        policy = _load(config.policy, config.device)
+        condition = policy.condition(prompts)
+        if not config.out.resolve().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {config.out.resolve().parent} to write {config.out.name} into")
+    drawn = rollout(policy, condition, config.sampling, row_generators((config.seed,), len(prompts)))
+    save_pictures(config.out, prompts, policy.decode(drawn.actions).cpu())
+    console.print(f"{len(prompts)} pictures: {config.out}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of ``varl evaluate``.
+
+    Attributes:
+        source, count, prompt_seed: the prompts: a file, or generated ones with their number and seed.
+        seed: of the pictures.
+        policy, sampling: the model and how it is sampled.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
+        out: also write the result as JSON.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:held-out"
+    count: int = 128
+    prompt_seed: int = 1
+    seed: int = 0
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    reward: str | dict[str, Any] = "ocr"
+    out: Path | None = None
+    device: str = "auto"
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score a policy on held-out prompts: word accuracy, NED and reward, each with a 95% interval."""
+    with checking():
+        prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
+        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts)
+    with _progress() as bar:
+        task = bar.add_task("evaluating", total=len(prompts), note="")
+        result = evaluate_policy(
+            policy,
+            prompts,
+            config.sampling,
+            reward,
+            seed=config.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(result.table())
+    if config.out is not None:
+        config.out.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train the embedded model from nothing, in two stages: its tokenizer, then its transformer.
+
+    The same command goes on with a run that was stopped. The finished weights are written to the run folder as fp16.
+    """
+    with _progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps, note="")
+            bar.update(tasks[stage], completed=step, note=f"loss {loss:.4f}")
+
+        with checking():
+            choose_device(config.device)
+        policy = pretrain_inkling(config, show)
+    path = config.out / "inkling.safetensors"
+    save_inkling(policy, path, torch.float16)
+    console.print(f"weights: {path}")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Settings of ``varl probe``.
+
+    Attributes:
+        source: prompt file, or ``inkling:train``.
+        count: prompts to measure on.
+        prefixes: states drawn for every prompt and step.
+        continuations: continuations of each.
+        policy, sampling, reward: what is measured.
+        out: folder for probe.json and probe.png.
+        seed: of the draws.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:train"
+    count: int = 24
+    prefixes: int = 4
+    continuations: int = 4
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    reward: str | dict[str, Any] = "ocr"
+    out: Path = Path("runs/probe")
+    seed: int = 0
+    device: str = "auto"
+
+
+def probe(config: ProbeConfig) -> None:
+    """Measure at which step the reward is decided, and suggest m and the alternation.
+
+    For each step: the share of the within-prompt variance of the reward that lies between states at that step, by
+    nested draws that fork the caches, and the entropy of its tokens.
+    """
+    with checking():
+        prompts = resolve_prompts(config.source, count=config.count)[: config.count]
+        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts)
+        config.out.mkdir(parents=True, exist_ok=True)
+    with _progress() as bar:
+        task = bar.add_task("probing", total=None, note="")
+        result = probe_policy(
+            policy,
+            reward,
+            prompts,
+            config.sampling,
+            prefixes=config.prefixes,
+            continuations=config.continuations,
+            seed=config.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(result.table())
+    m, n = result.suggestion()
+    console.print(f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1")
+    (config.out / "probe.json").write_text(json.dumps(result.to_dict(), indent=1))
+    result.plot(config.out / "probe.png")
+    console.print(f"figure: {config.out / 'probe.png'}")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Settings of ``varl doctor``.
+
+    Attributes:
+        source: prompt file, or ``inkling:train``.
+        policy, reward: what is checked.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:train"
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: str | dict[str, Any] = "ocr"
+    device: str = "auto"
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
+    with checking():
+        prompts = resolve_prompts(config.source, count=4)[:4]
+        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts)
+    failed = 0
+    for check in [*check_policy(policy, prompts), check_reader(reward)]:
+        mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"
+        console.print(f"{mark} {check.name}: {check.found}")
+        failed += not check.fine
+    return 1 if failed else 0
