@@ -241,7 +241,7 @@ def with_region_counts(prompts: Sequence[Prompt], target: Mapping[int, float], s
             there = sorted({len(p.words) for p in prompts})
             raise ValueError(f"no prompt has {count} text regions; the prompts have {', '.join(map(str, there))}")
     # Rounded because 3 / 0.3 is 10.000000000000002 or 9.99...; a share is met to within one prompt either way.
-    total = math.floor(min(len(having[count]) / share for count, share in shares.items()))
+    total = math.floor(min(round(len(having[count]) / share, 6) for count, share in shares.items()))
     exact = {count: round(total * share, 6) for count, share in shares.items()}
     quota = {count: math.floor(value) for count, value in exact.items()}
     by_remainder = sorted(exact, key=lambda count: quota[count] - exact[count])
