@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> None:
             bar.update(task, completed=record["update"], description=f"{record['kind']:>6}", note=note)
 
         trainer.run(show)
-    results = trainer.folder.results()
+    results = trainer.folder.results(trainer.held_out)
     if len(results) > 1:
         console.print(comparison_table(results[0], results[-1]))
     picture = trainer.folder.path / "before_after.png"

@@ -86,6 +86,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             outputs: list[LossOutput] = []
             entropies: list[Tensor] = []
+            weights: list[Tensor] = []
             for index, part in enumerate(rows):
                 with stage("logp"):
                     inputs, scores = self._inputs(batch, part, old.get(index))
@@ -96,12 +97,14 @@ class Learner:
                         log["gradient_norm_by_step"] = self._norms_by_step(inputs, len(part))
                     output.loss.backward()
                 outputs.append(output)
+                weights.append(_policy_weight(inputs))
                 if scores.entropy is not None:
                     entropies.append(scores.entropy)
             with stage("optimizer"):
                 norm, taken = self._step(outputs, batch.rate)
             log["skipped"] += not taken
             log |= _summary(outputs, batch, [len(part) for part in rows]) | {"gradient_norm": norm}
+            log["loss_share_by_step"] = self._share_by_step(torch.cat(weights), batch)
             if entropies:
                 log["entropy_by_step"] = self._mean_by_step(torch.cat(entropies), batch)
         return log
@@ -180,12 +183,25 @@ class Learner:
         counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
         return [float(part.mean()) for part in values_BL.split(counts, 1)]
 
+    @staticmethod
+    def _share_by_step(values_BL: Tensor, batch: Batch) -> list[float]:
+        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
+        sums = torch.stack([part.sum() for part in values_BL.split(counts, 1)])
+        return [float(share) for share in sums / sums.sum().clamp(min=1e-12)]
+
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "steps_taken": self.steps_taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_taken = state["steps_taken"]
+
+
+def _policy_weight(inputs: LossInput) -> Tensor:
+    """How much each token's policy term weighs, [B, L]: step weight x mask x |advantage|."""
+    weight = inputs.weight_BL * inputs.advantage_B.abs()[:, None]
+    weight = weight if inputs.mask_BL is None else weight * inputs.mask_BL
+    return weight if inputs.valid_B is None else weight * inputs.valid_B[:, None]
 
 
 def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[str, Any]:
@@ -195,12 +211,8 @@ def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[
     def mean(values: list[Tensor]) -> Tensor:
         return sum((v.double().cpu() * n for v, n in zip(values, sizes, strict=True)), torch.zeros(())) / total
 
-    policy_term = sum((o.policy_term_T.double().cpu() for o in outputs), torch.zeros(()))
-    kl_term = sum((o.kl_term_T.double().cpu() for o in outputs), torch.zeros(()))
-    magnitude = policy_term.abs() + kl_term.abs()
     log: dict[str, Any] = {
         "loss": float(sum(float(o.loss) for o in outputs)),
-        "loss_share_by_step": (magnitude / magnitude.sum().clamp(min=1e-12)).tolist(),
         "log_ratio_by_step": mean([o.log_ratio_mean_T for o in outputs]).tolist(),
         "log_ratio_max": max(float(o.log_ratio_max_T.max()) for o in outputs),
         "clip_fraction": float(mean([torch.as_tensor(o.clip_fraction) for o in outputs])),

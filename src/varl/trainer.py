@@ -169,7 +169,7 @@ class Trainer:
         result = evaluate(
             self.policy, self.held_out, self.config.sampling, self.reward, seed=self.config.evaluation.seed
         )
-        self.folder.evaluation(self.update, self.pictures, self.held_out, result)
+        self.folder.evaluation(self.update, self.pictures, result)
         return result
 
     def save(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -65,7 +66,8 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); "
                     "choose another --run.out, or the earlier settings to go on with it"
                 )
-        machine = {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+        machine = {"platform": platform.platform(), "python": platform.python_version()}
+        machine["torch"] = str(torch.__version__)
         text = yaml.safe_dump({"varl": varl.__version__, "machine": machine, "config": config}, sort_keys=False)
         file.write_text(text)
 
@@ -86,35 +88,42 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         save_gallery(path, prompts, images, output.score[:count], advantages, texts, masks, schedule)
 
-    def evaluation(self, update: int, pictures: int, prompts: Sequence[Prompt], result: Evaluation) -> None:
-        """Note a held-out evaluation; its pictures are kept for the comparison of before and after."""
+    def evaluation(self, update: int, pictures: int, result: Evaluation) -> None:
+        """Note a held-out evaluation, with its pictures; once there are two, draw the first beside this one."""
         folder = self.path / "evaluations"
         folder.mkdir(exist_ok=True)
-        record = {"update": update, "pictures": pictures, **result.to_dict()}
+        record = {"update": update, "training_pictures": pictures, **result.to_dict()}
         (folder / f"update-{update:06d}.json").write_text(json.dumps(record, indent=1))
-        torch.save({"images": result.images, "texts": result.texts}, folder / f"update-{update:06d}.pt")
-        first = folder / "update-000000.pt"
-        if update and first.exists() and result.texts is not None:
-            before = torch.load(first, weights_only=True)
-            save_before_after(
-                self.path / "before_after.png",
-                prompts[:16],
-                before["images"][:16],
-                result.images[:16],
-                before["texts"][:16],
-                result.texts[:16],
-            )
+        kept = {name: getattr(result, name) for name in ("images", "texts", "made_by")}
+        kept |= {name: _tensor(getattr(result, name)) for name in ("rewards", "hits", "neds")}
+        torch.save(kept, folder / f"update-{update:06d}.pt")
+        before = self.results(result.prompts)[0]
+        if update and before.texts is not None and result.texts is not None:
+            shown = slice(0, 16)
+            path = self.path / "before_after.png"
+            pictures_of = before.images[shown], result.images[shown]
+            save_before_after(path, result.prompts[shown], *pictures_of, before.texts[shown], result.texts[shown])
 
-    def results(self) -> list[Evaluation]:
-        """All evaluations noted so far, in order of updates."""
-        files = sorted((self.path / "evaluations").glob("update-*.json"))
-        return [Evaluation.from_dict(json.loads(file.read_text())) for file in files]
+    def results(self, prompts: Sequence[Prompt]) -> list[Evaluation]:
+        """All evaluations noted so far, in order of updates; ``prompts`` are those they were made with."""
+        found = []
+        for file in sorted((self.path / "evaluations").glob("update-*.pt")):
+            kept = torch.load(file, weights_only=True)
+            rewards, hits, neds = (None if kept[k] is None else kept[k].numpy() for k in ("rewards", "hits", "neds"))
+            found.append(
+                Evaluation(list(prompts), 1, kept["images"], kept["texts"], rewards, hits, neds, kept["made_by"])
+            )
+        return found
 
     def finish(self, policy: Policy) -> Path:
         """Write the finished weights in the family's own format."""
         path = self.path / "weights.safetensors"
         save_policy(policy, path)
         return path
+
+
+def _tensor(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values)
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

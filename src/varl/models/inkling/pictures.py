@@ -13,10 +13,10 @@ from varl.models.inkling.text import CELL, PICTURE, ROWS, Region, first_column
 
 __all__ = ["draw"]
 
-FONTS = ("DejaVuSansMono-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSans-Bold.ttf")
+FONTS = ("DejaVuSansMono-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Bold.ttf")
 HEIGHTS = (11, 12)
 WIDTH = 7
-SHIFTS_X, SHIFTS_Y = (0, 1), (-1, 0, 1)
+SHIFTS = (-1, 0, 1)
 CONTRASTS = (0.35, 0.7)
 TINT = 0.35
 
@@ -52,9 +52,8 @@ def draw(regions: tuple[Region, ...], rng: np.random.Generator) -> np.ndarray:
     font, height = int(rng.integers(len(FONTS))), int(rng.choice(HEIGHTS))
     alpha = np.zeros((PICTURE, PICTURE), np.float32)
     for region in regions:
-        top = ROWS[region.place] * CELL + (2 * CELL - height) // 2 + int(rng.choice(SHIFTS_Y))
-        shift = int(rng.choice(SHIFTS_X))
+        top = ROWS[region.place] * CELL + (2 * CELL - height) // 2 + int(rng.choice(SHIFTS))
         for i, letter in enumerate(region.word):
-            left = (first_column(region.word) + i) * CELL + shift
+            left = (first_column(region.word) + i) * CELL
             alpha[top : top + height, left : left + WIDTH] = _glyph(font, height, letter)
     return paper[:, None, None] * (1 - alpha) + ink[:, None, None] * alpha

@@ -36,7 +36,7 @@ class InklingConfig:
     grids: tuple[int, ...] = (1, 2, 3, 6, 12)
     codes: int = 1024
     coarse: int = 40
-    fine: int = 12
+    fine: int = 16
     decoder: int = 48
     width: int = 160
     depth: int = 5

@@ -22,7 +22,6 @@ from torch import Tensor
 from varl.models.inkling.pictures import draw
 from varl.models.inkling.policy import Inkling, InklingConfig
 from varl.models.inkling.text import make_prompt, random_regions
-from varl.models.quantizer import resize_area
 from varl.policy import Prompt
 
 __all__ = ["PretrainConfig", "StageConfig", "pretrain", "sample_batch"]
@@ -72,18 +71,17 @@ def sample_batch(seed: tuple[int, ...], size: int, held_out: bool = False) -> tu
 
 def tokenizer_loss(policy: Inkling, images: Tensor, last: int) -> Tensor:
     """Picture error of the sum of the steps up to ``last``, plus a quarter of the feature error after every step."""
-    tokenizer, quantizer = policy.tokenizer, policy.tokenizer.quantizer
-    with torch.no_grad():
-        features = tokenizer.encoder(images)
-    total, shown, feature_error = torch.zeros_like(features), features, images.new_zeros(())
-    for step, grid in enumerate(quantizer.schedule.grids):
+    tokenizer = policy.tokenizer
+    total, feature_error = tokenizer.empty(len(images)), images.new_zeros(())
+    steps = range(last + 1)
+    for step in steps:
         with torch.no_grad():
-            actions = quantizer.nearest(resize_area(features - total, grid))
-        total = total + quantizer.contribution(actions, step)
-        feature_error = feature_error + F.mse_loss(total, features)
-        if step == last:
-            shown = total
-    return F.mse_loss(tokenizer.picture(shown), images) + 0.25 * feature_error / len(quantizer.schedule)
+            target = tokenizer.target(images, total, step)
+            actions = tokenizer.choose(images, total, step)
+        added = tokenizer.quantizer.contribution(actions, step)
+        feature_error = feature_error + F.mse_loss(added, target)
+        total = total + added
+    return F.mse_loss(tokenizer.picture(total), images) + 0.25 * feature_error / len(steps)
 
 
 def transformer_loss(policy: Inkling, images: Tensor, prompts: list[Prompt], steps: range, drop: Tensor) -> Tensor:

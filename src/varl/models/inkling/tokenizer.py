@@ -24,12 +24,12 @@ def _principal(x_BCHW: Tensor, rank: int) -> Tensor:
 
 
 class LinearEncoder(nn.Module):
-    """Principal components of patches at two sizes, stacked as channels of one map.
+    """Principal components of patches at two sizes.
 
     ``coarse`` components describe patches of ``block`` cells a side and are repeated over their cells, so averaging the
     map down by ``block`` keeps them whole: the grid of that size can say what strokes a patch holds. ``fine`` ones
-    describe what the coarse ones leave, cell by cell. Scaled so that squared distances between features are squared
-    distances between pictures, as far as the components reach.
+    describe, cell by cell, what the coarse grids have missed. Scaled so that squared distances between features are
+    squared distances between pictures, as far as the components reach.
     """
 
     coarse: Tensor
@@ -42,23 +42,19 @@ class LinearEncoder(nn.Module):
         self.register_buffer("fine", torch.zeros(fine, 3 * cell**2))
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Features [B, coarse + fine, H / cell, W / cell] of pictures in [0, 1]."""
-        components, rest = self._split(images_B3HW - 0.5)
-        fine = torch.einsum("dc,bchw->bdhw", self.fine, _patches(rest, self.cell))
-        return torch.cat([F.interpolate(components, scale_factor=self.block, mode="nearest") / self.block, fine], 1)
+        """Coarse features [B, coarse, H / cell, W / cell] of pictures in [0, 1]."""
+        components = torch.einsum("dc,bchw->bdhw", self.coarse, _patches(images_B3HW - 0.5, self.block * self.cell))
+        return F.interpolate(components, scale_factor=self.block, mode="nearest") / self.block
 
-    def _split(self, x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        patches = _patches(x_B3HW, self.block * self.cell)
-        components = torch.einsum("dc,bchw->bdhw", self.coarse, patches)
+    def missed(self, images_B3HW: Tensor, coarse_BCHW: Tensor) -> Tensor:
+        """What pictures have beyond coarse features, in patches of a cell: [B, 3 * cell^2, H / cell, W / cell]."""
+        components = F.avg_pool2d(coarse_BCHW, self.block) * self.block
         rebuilt = torch.einsum("dc,bdhw->bchw", self.coarse, components)
-        return components, F.pixel_shuffle(patches - rebuilt, self.block * self.cell)
+        return _patches(images_B3HW - 0.5 - F.pixel_shuffle(rebuilt, self.block * self.cell), self.cell)
 
-    @torch.no_grad()
-    def fit(self, images_B3HW: Tensor) -> None:
-        """Set the components from sample pictures."""
-        x = images_B3HW - 0.5
-        self.coarse.copy_(_principal(_patches(x, self.block * self.cell), len(self.coarse)))
-        self.fine.copy_(_principal(_patches(self._split(x)[1], self.cell), len(self.fine)))
+    def fine_features(self, missed_BCHW: Tensor) -> Tensor:
+        """Fine features [B, fine, H / cell, W / cell] of what was missed."""
+        return torch.einsum("dc,bchw->bdhw", self.fine, missed_BCHW)
 
 
 class Residual(nn.Module):
@@ -107,9 +103,35 @@ class Tokenizer(nn.Module):
             nn.PixelShuffle(up),
         )
 
+    def target(self, images_B3HW: Tensor, total_BCHW: Tensor, step: int) -> Tensor:
+        """What ``step`` is to add to the sum of the steps before it, at the final grid's size.
+
+        The coarse grids share the coarse features; the last grid takes on what they missed, in the fine channels.
+        """
+        channels = len(self.encoder.coarse)
+        if step < len(self.quantizer.schedule) - 1:
+            rest = self.encoder(images_B3HW) - total_BCHW[:, :channels]
+            return F.pad(rest, (0, 0, 0, 0, 0, len(self.encoder.fine)))
+        missed = self.encoder.missed(images_B3HW, total_BCHW[:, :channels])
+        return F.pad(self.encoder.fine_features(missed), (0, 0, 0, 0, channels, 0))
+
+    def choose(self, images_B3HW: Tensor, total_BCHW: Tensor, step: int) -> Tensor:
+        """The nearest codes for ``step``, given the sum of the steps before it: actions [B, tokens of the step]."""
+        target = self.target(images_B3HW, total_BCHW, step)
+        return self.quantizer.nearest(resize_area(target, self.quantizer.schedule.grids[step]))
+
+    def empty(self, batch: int) -> Tensor:
+        """The sum of no steps, [B, C, H_T, W_T]."""
+        width = self.quantizer.embedding.embedding_dim
+        return self.quantizer.embedding.weight.new_zeros(batch, width, *self.quantizer.final_grid)
+
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Actions [B, L] of all steps."""
-        return self.quantizer.encode(self.encoder(images_B3HW))
+        total, actions = self.empty(len(images_B3HW)), []
+        for step in range(len(self.quantizer.schedule)):
+            actions.append(self.choose(images_B3HW, total, step))
+            total = total + self.quantizer.contribution(actions[-1], step)
+        return torch.cat(actions, 1)
 
     def picture(self, features_BCHW: Tensor) -> Tensor:
         """Decode features without clamping: [B, 3, H, W], near [0, 1]."""
@@ -121,26 +143,26 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, images_B3HW: Tensor, generator: torch.Generator, rounds: int = 12) -> None:
-        """Set the encoder, then the codebook by k-means of the residuals, scale by scale.
+        """Set the encoder, and the codebook by k-means of what each step is to add, step by step.
 
-        The last step gets three eighths of the codebook, and each one before half of what is left.
+        The last step gets three eighths of the codebook, and the coarse ones the rest, mostly the finer of them.
         """
-        self.encoder.fit(images_B3HW)
-        rest, table = self.encoder(images_B3HW), self.quantizer.embedding.weight
-        steps = len(self.quantizer.schedule)
-        bounds = [
-            0,
-            *(int(len(table) * 0.625 * 0.4 ** (steps - 2 - s)) for s in range(steps - 1)),
-            len(table),
-        ]
+        encoder, table = self.encoder, self.quantizer.embedding.weight
+        encoder.coarse.copy_(_principal(_patches(images_B3HW - 0.5, encoder.block * encoder.cell), len(encoder.coarse)))
+        total, steps = self.empty(len(images_B3HW)), len(self.quantizer.schedule)
+        bounds = [0, *(int(len(table) * 0.625 * 0.4 ** (steps - 2 - s)) for s in range(steps - 1)), len(table)]
         for step, grid in enumerate(self.quantizer.schedule.grids):
-            cells = resize_area(rest, grid).transpose(1, 3).flatten(0, 2)
+            if step == steps - 1:
+                missed = encoder.missed(images_B3HW, total[:, : len(encoder.coarse)])
+                encoder.fine.copy_(_principal(missed, len(encoder.fine)))
+            cells = resize_area(self.target(images_B3HW, total, step), grid).permute(0, 2, 3, 1).flatten(0, 2)
             share = table[bounds[step] : bounds[step + 1]]
             share.copy_(_k_means(cells, len(share), rounds, generator))
-            known = table[: bounds[step + 1]]
-            z = resize_area(rest, grid).flatten(2).transpose(1, 2)
-            index = torch.cat([(known.square().sum(1) - 2 * part @ known.T).argmin(-1) for part in z.split(64)])
-            rest = rest - self.quantizer.contribution(index, step)
+            table[bounds[step + 1] :] = 1e3
+            actions = torch.cat(
+                [self.choose(x, t, step) for x, t in zip(images_B3HW.split(64), total.split(64), strict=True)]
+            )
+            total = total + self.quantizer.contribution(actions, step)
 
 
 def _k_means(points: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:

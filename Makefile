@@ -1,0 +1,30 @@
+# Everything a newcomer needs: `make demo` and `make test` set up their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint results clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/varl train recipes/inkling-ocr.yaml
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+results: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.results run
+	$(BIN)/python -m benchmarks.results report
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

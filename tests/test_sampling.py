@@ -1,0 +1,161 @@
+import math
+
+import pytest
+import torch
+
+from varl.sampling import Sampling, draw, filter_logits
+
+
+def kept(logits: list[float], **options: float) -> list[int]:
+    filtered = filter_logits(torch.tensor(logits), Sampling(**options))
+    return filtered.isfinite().nonzero().flatten().tolist()
+
+
+PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
+LOGITS = [math.log(p) for p in PROBABILITIES]
+
+
+def test_plain_sampling_changes_nothing() -> None:
+    logits = torch.randn(3, 4, 7)
+    assert Sampling().is_plain
+    assert torch.equal(filter_logits(logits, Sampling()), logits)
+    for changed in (
+        Sampling(guidance=1),
+        Sampling(top_k=2),
+        Sampling(top_p=0.9),
+        Sampling(temperature=0.5),
+    ):
+        assert not changed.is_plain
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]), (5, [0, 1, 2, 3, 4])])
+def test_top_k(k: int, expected: list[int]) -> None:
+    assert kept(LOGITS, top_k=k) == expected
+
+
+def test_top_k_keeps_ties_with_the_last() -> None:
+    assert kept([0.0, 2.0, 1.0, 1.0, 1.0], top_k=2) == [1, 2, 3, 4]
+
+
+def test_top_k_of_more_classes_than_there_are() -> None:
+    with pytest.raises(ValueError, match="top_k is 6, but there are only 5"):
+        kept(LOGITS, top_k=6)
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 3, 4]),
+        (0.86, [1, 2, 3, 4]),
+        (0.96, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_top_p_keeps_the_fewest_that_reach_p(p: float, expected: list[int]) -> None:
+    assert kept(LOGITS, top_p=p) == expected
+
+
+def test_top_p_always_keeps_the_largest() -> None:
+    assert kept([0.0] * 8, top_p=1e-9) == [7] or len(kept([0.0] * 8, top_p=1e-9)) == 1
+    assert kept([0.0, 30.0, 0.0], top_p=1e-9) == [1]
+
+
+def test_top_p_is_of_what_top_k_left_at_the_temperature() -> None:
+    # Of 0.4 and 0.3 the first alone holds 0.571; of all classes, 0.4.
+    assert kept(LOGITS, top_k=2, top_p=0.55) == [1]
+    assert kept(LOGITS, top_p=0.55) == [1, 3]
+    # At temperature 1/2 probabilities are squared: 0.16 of 0.285 is 0.561.
+    assert kept(LOGITS, temperature=0.5, top_p=0.55) == [1]
+
+
+def test_temperature_divides() -> None:
+    logits = torch.tensor(LOGITS)
+    torch.testing.assert_close(filter_logits(logits, Sampling(temperature=0.5)), logits * 2)
+
+
+def test_filters_work_row_by_row() -> None:
+    logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(top_k=5, top_p=0.8, temperature=1.3)
+    filtered = filter_logits(logits, sampling)
+    for index in torch.cartesian_prod(torch.arange(4), torch.arange(3)).tolist():
+        assert torch.equal(filtered[tuple(index)], filter_logits(logits[tuple(index)], sampling))
+
+
+def test_frequencies_are_the_softmax() -> None:
+    draws = 40_000
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0, -math.inf, 1.0])
+    drawn = draw(logits.expand(1, draws, 6), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn.flatten(), minlength=6).double()
+    expected = logits.double().softmax(0) * draws
+    assert counts[4] == 0
+    chi_square = ((counts - expected).square() / expected)[[0, 1, 2, 3, 5]].sum()
+    assert chi_square < 18.5  # the 99.9% quantile of 4 degrees of freedom
+
+
+def test_positions_are_drawn_independently() -> None:
+    pairs = draw(torch.zeros(20_000, 2, 2), torch.Generator().manual_seed(1))
+    joint = torch.bincount(2 * pairs[:, 0] + pairs[:, 1], minlength=4) / len(pairs)
+    torch.testing.assert_close(joint, torch.full((4,), 0.25), atol=0.012, rtol=0)
+
+
+def test_seeded_draws_repeat() -> None:
+    logits = torch.randn(3, 5, 11)
+    first = draw(logits, torch.Generator().manual_seed(4))
+    assert torch.equal(first, draw(logits, torch.Generator().manual_seed(4)))
+    assert not torch.equal(first, draw(logits, torch.Generator().manual_seed(5)))
+    torch.manual_seed(6)
+    first = draw(logits)
+    torch.manual_seed(6)
+    assert torch.equal(first, draw(logits))
+
+
+def test_a_rows_draws_depend_on_its_own_generator_only() -> None:
+    logits = torch.randn(4, 5, 11)
+
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(s) for s in seeds]
+
+    together = draw(logits, generators(0, 1, 2, 3))
+    assert torch.equal(together[2:3], draw(logits[2:3], generators(2)))
+    assert torch.equal(together[[3, 1]], draw(logits[[3, 1]], generators(3, 1)))
+
+
+def test_generators_must_be_one_a_row() -> None:
+    with pytest.raises(ValueError, match="2 generators were given for 3 rows"):
+        draw(torch.zeros(3, 1, 2), [torch.Generator(), torch.Generator()])
+
+
+def test_no_noise_draws_an_excluded_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without MKL, torch's exponential draws are exactly 0 once in 2^24: an infinite Gumbel noise.
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.zero_())
+    logits = torch.tensor([[[-math.inf, 1.0, 3.0, -math.inf]]])
+    assert draw(logits, torch.Generator()).item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_draws_of_any_dtype(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 100.0, 0.0]], dtype=dtype)
+    assert draw(logits, torch.Generator().manual_seed(0)).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": -0.1},
+        {"guidance": math.nan},
+        {"guidance": math.inf},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+    ],
+)
+def test_impossible_settings(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)
