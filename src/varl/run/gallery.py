@@ -28,13 +28,15 @@ INK, FAINT = (28, 33, 43), (107, 114, 128)
 HIT, MISS = (21, 128, 61), (200, 36, 44)
 TINT = (255, 122, 0)
 """The colour of masked tokens."""
-STRENGTH, DIMMED = 0.5, 0.45
-"""How much of a fully masked token is tint, and the brightness that an unmasked one keeps."""
+STRENGTH, DIMMED, LINE = 0.5, 0.45, 0.3
+"""How much of a fully masked token is tint, the brightness that an unmasked one, made grey, keeps, and
+how much of a grid line is white."""
 SMALL, LARGE = 192, 256
 """Pictures are shown with a longer side of at least SMALL and at most LARGE pixels."""
-MIN_CELL = 4
+MIN_CELL = 5
 """Cells narrower than this, in pixels, get no grid lines."""
-SIZE, GAP = 13, 8
+SIZE, GAP, MIN_TEXT = 13, 8, 144
+"""Type size, space between things, and the least width that text is set in, all in pixels."""
 
 
 def save_gallery(
@@ -50,8 +52,8 @@ def save_gallery(
 ) -> None:
     """Write a PNG of N samples: prompt, picture, reward, what was read, and the mask at every scale.
 
-    A mask is drawn over the picture: masked tokens tinted orange (by their mask value), others dimmed, with the token
-    grid where its cells are wide enough to see. Below a mask: its grid, and the share of tokens that are masked.
+    A mask is drawn over the picture: masked tokens tinted orange (by their mask value), others dimmed grey, with the
+    token grid where its cells are wide enough to see. Below a mask: its grid, and the share of tokens that are masked.
 
     Args:
         path: where to; its folder is made.
@@ -70,22 +72,26 @@ def save_gallery(
     count = _check_pictures(images, {"prompts": prompts, "rewards": rewards, "advantages": advantages, "texts": texts})
     if masks is not None and tuple(masks.shape) != (count, schedule.tokens):
         raise ValueError(f"masks must be [{count}, {schedule.tokens}] for this schedule, got {tuple(masks.shape)}")
-    cards = []
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    samples = []
     for i in range(count):
         picture = _pixels(images[i])
         shown = _show(picture)
-        under = [_flow([("reward", FAINT), *_reward_runs(float(rewards[i]))], shown.width, 1)]
+        width = max(MIN_TEXT, shown.width)
+        under = [_flow([("reward", FAINT), *_reward_runs(float(rewards[i]))], width, 1)]
         if advantages is not None:
             value = float(advantages[i])
-            under.append(_flow([("advantage", FAINT), (f"{value:+.2f}", HIT if value > 0 else INK)], shown.width, 1))
-        under += _verdict(prompts[i], None if texts is None else texts[i], shown.width)
+            under.append(_flow([("advantage", FAINT), (f"{value:+.2f}", HIT if value > 0 else INK)], width, 1))
+        under += _verdict(prompts[i], None if texts is None else texts[i], width)
         body = [_stack([shown, *under], 4)]
         if masks is not None:
             body.append(_scales(picture, shown.size, masks[i].detach().float().cpu(), schedule))
         sample = _row(body, 2 * GAP)
-        cards.append(_card(_stack([_flow(_title(prompts[i]), sample.width, 2, bold=True), sample], GAP)))
-    columns = columns or max(1, 1700 // (cards[0].width + GAP))
-    _save(_sheet(cards, columns), path)
+        samples.append(_stack([_flow(_title(prompts[i]), sample.width, 2, bold=True), sample], GAP))
+    height = max(sample.height for sample in samples)
+    cards = [_card(_row([sample, _blank(0, height)], 0)) for sample in samples]
+    _save(_sheet(cards, columns or max(1, 1700 // (cards[0].width + GAP))), path)
 
 
 def save_before_after(
@@ -142,12 +148,13 @@ def mask_overlay(picture: np.ndarray, mask_hw: np.ndarray, size: tuple[int, int]
     row, column = np.arange(height) * h // height, np.arange(width) * w // width
     mask = np.clip(mask_hw, 0, 1)[row][:, column][:, :, None].astype(np.float32)
     masked = base * (1 - STRENGTH) + np.array(TINT, np.float32) * STRENGTH
-    out = mask * masked + (1 - mask) * base * DIMMED
+    dimmed = (base @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None] * DIMMED
+    out = mask * masked + (1 - mask) * dimmed
     if height >= MIN_CELL * h and width >= MIN_CELL * w:
         line = np.zeros((height, width), bool)
         line[1:][row[1:] != row[:-1]] = True
         line[:, 1:][:, column[1:] != column[:-1]] = True
-        out[line] = out[line] * 0.6 + 255 * 0.4
+        out[line] = out[line] * (1 - LINE) + 255 * LINE
     return Image.fromarray(out.round().astype(np.uint8))
 
 
@@ -158,7 +165,7 @@ def _scales(picture: np.ndarray, shown: tuple[int, int], mask_L: Tensor, schedul
     for step, (h, w) in enumerate(schedule.grids):
         mask = mask_L[schedule.tokens_of(step)].reshape(h, w).numpy()
         share = f"{h}×{w}  {mask.mean():.0%}"
-        label = _flow([(share, FAINT)], size[0], 1, size=11)
+        label = _flow([(share, FAINT)], max(size[0], MIN_TEXT // 2), 1, size=11)
         tiles.append(_stack([mask_overlay(picture, mask, size), label], 2))
     half = (len(tiles) + 1) // 2
     return _stack([_row(tiles[:half], GAP), *([_row(tiles[half:], GAP)] if tiles[half:] else [])], 6)
@@ -168,7 +175,7 @@ def _judged(shown: Image.Image, prompt: Prompt, text: str) -> Image.Image:
     hits = word_hits(prompt.words, [text])
     framed = _blank(shown.width + 6, shown.height + 6, HIT if hits and all(hits) else CARD)
     framed.paste(shown, (3, 3))
-    return _stack([framed, *_verdict(prompt, text, framed.width)], 3)
+    return _stack([framed, *_verdict(prompt, text, max(MIN_TEXT, framed.width))], 3)
 
 
 def _verdict(prompt: Prompt, text: str | None, width: int) -> list[Image.Image]:
