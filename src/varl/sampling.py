@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,13 @@ class Sampling:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.guidance < 0:
+        if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or a number of classes, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
     @property
@@ -76,7 +77,8 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | None = None) -> Tensor:
     """One independent draw per position, from already filtered logits.
 
-    By the Gumbel trick; with one generator a row, a row's draws do not depend on the batch it is in.
+    By the Gumbel trick; with one generator a row, a row's draws do not depend on the batch it is in. The noise is made
+    where the generators live, so that generators of the CPU draw the same from logits on any device.
 
     Args:
         logits: [batch, ..., classes].
@@ -85,7 +87,9 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
     Returns:
         int64 [batch, ...].
     """
-    noise = torch.empty_like(logits, dtype=torch.float32)
+    first = generators[0] if isinstance(generators, list) and generators else generators
+    device = first.device if isinstance(first, torch.Generator) else logits.device
+    noise = torch.empty(logits.shape, dtype=torch.float32, device=device)
     if isinstance(generators, list):
         if len(generators) != len(logits):
             raise ValueError(f"{len(generators)} generators were given for {len(logits)} rows")
@@ -93,4 +97,6 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
             row.exponential_(generator=generator)
     else:
         noise.exponential_(generator=generators)
-    return (logits.float() - noise.log()).argmax(-1)
+    # Without MKL, torch draws exactly 0 once in 2^24: infinite noise, which would draw any class, even an excluded one.
+    noise.clamp_(min=2**-25)
+    return (logits.float() - noise.log().to(logits.device)).argmax(-1)
