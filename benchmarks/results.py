@@ -3,9 +3,9 @@
     python -m benchmarks.results run --seeds 5 --pictures 4096
     python -m benchmarks.results report
 
-Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with the overrides below,
-so an interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training
-and against the seconds of training (evaluations not counted).
+Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with overrides, so an
+interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training, and
+against the seconds of training (evaluations not counted).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class Rollout:
         logp: [batch, tokens], log-probabilities of the drawn tokens under the sampling distribution (guided and
             truncated as asked), if they were asked for.
         state: the policy's state after ``steps`` steps, if it was asked for: what ``rollout(start=...)`` goes on from.
+        guidance: what the state was started with, and so what goes on from it.
     """
 
     condition: Condition
@@ -37,6 +38,7 @@ class Rollout:
     steps: int
     logp: Tensor | None = None
     state: Any = None
+    guidance: float = 0.0
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -44,7 +46,8 @@ class Rollout:
 
 def row_generators(seed: Sequence[int], rows: int) -> list[torch.Generator]:
     """One generator a row, each seeded by (seed..., row): a row's draws depend on nothing else."""
-    words = (np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] for row in range(rows))
+    # The 1 at the end: to numpy, (0, 5) and (0, 5, 0, 0) are the same seed.
+    words = (np.random.SeedSequence((*seed, row, 1)).generate_state(1, np.uint64)[0] for row in range(rows))
     return [torch.Generator().manual_seed(int(word >> np.uint64(1))) for word in words]
 
 
@@ -84,18 +87,25 @@ def rollout(
         raise ValueError(f"cannot draw steps {first} to {until} of a schedule of {len(condition.schedule)} steps")
     if start is None and fork != 1:
         raise ValueError("fork branches the sequences given as start, and none were given")
+    if fork < 1:
+        raise ValueError(f"fork must be at least 1 continuation, got {fork}")
     if start is None:
         state = policy.start(condition, sampling.guidance)
         drawn, scored = [], []
     else:
         if start.state is None or (logp and start.logp is None):
             raise ValueError("start was drawn without keep_state=True, or without the logp that is asked for now")
+        if start.guidance != sampling.guidance:
+            raise ValueError(
+                f"start was drawn with guidance {start.guidance}, and cannot go on with {sampling.guidance}"
+            )
         state = start.state.fork(fork)
         condition = start.condition.repeat(fork)
         drawn = [start.actions.repeat_interleave(fork, 0)]
         scored = [start.logp.repeat_interleave(fork, 0)] if logp and start.logp is not None else []
     for _ in range(first, until):
-        logits = filter_logits(policy.next_logits(state), sampling)
+        logits = policy.next_logits(state)
+        logits = filter_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), sampling)
         actions = draw(logits, list(generator) if isinstance(generator, Sequence) else generator)
         policy.advance(state, actions)
         drawn.append(actions)
@@ -108,4 +118,5 @@ def rollout(
         until,
         torch.cat(scored, 1) if logp else None,
         state if keep_state else None,
+        sampling.guidance,
     )

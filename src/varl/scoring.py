@@ -52,11 +52,12 @@ def log_probs(
         steps: consecutive steps to score; by default all. A prefix costs a prefix.
         keep: bool [L] or [B, L], the tokens to run the head on; by default all.
         guidance: score under this sampling distribution (guided, tempered, renormalised over its support) instead of
-            the policy's own conditional one.
+            the policy's own conditional one. The scored action always counts as part of the support: rounding, or a
+            gradient step since it was drawn, may have moved it out.
         prefix: see ``Policy.hidden``.
         per_event: return log-probabilities per event rather than summed to the token.
         entropy: also return entropies.
-        reference: also return the exact KL to this policy.
+        reference: also return the exact KL to this policy, over the policy's support.
         chunk: tokens the head is run on at once; logits are recomputed in the backward pass if there are several.
 
     Raises:
@@ -92,15 +93,17 @@ def log_probs(
 
     def score(target: Tensor, ramp: Tensor | None, hidden: list[Tensor]) -> tuple[Tensor, ...]:
         half = len(hidden) if reference is None else len(hidden) // 2
-        logp = _distribution(policy, hidden[:half], ramp, guidance)
+        logits = _logits(policy, hidden[:half], ramp)
+        support = _support(logits, target, guidance)
+        logp = _normalised(logits, guidance, support)
         out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
         p = logp.exp()
         if entropy:
-            out.append(-_expectation(p.detach(), logp.detach()).view(len(p), -1).sum(1))
+            out.append(_per_token(-_expectation(p.detach(), logp.detach())))
         if reference is not None:
             with torch.no_grad():
-                reference_logp = _distribution(reference, hidden[half:], ramp, guidance)
-            out.append(_expectation(p, logp - reference_logp).view(len(p), -1).sum(1))
+                reference_logp = _normalised(_logits(reference, hidden[half:], ramp), guidance, support)
+            out.append(_per_token(_expectation(p, logp - reference_logp)))
         return tuple(out)
 
     several = len(target) > chunk and torch.is_grad_enabled()
@@ -117,9 +120,8 @@ def log_probs(
             values.view(shape) if keep is None else values.new_zeros(shape).masked_scatter(_like(keep, shape), values)
         )
 
-    logp = joined[0] if per_event else joined[0].flatten(1).sum(1) if policy.event else joined[0]
     return Scores(
-        logp=spread(logp),
+        logp=spread(joined[0] if per_event else _per_token(joined[0])),
         entropy=spread(joined[1]) if entropy else None,
         kl=spread(joined[-1]) if reference is not None else None,
     )
@@ -129,9 +131,14 @@ def _like(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
     return keep.view(*keep.shape, *(1 for _ in shape[2:])).expand(shape)
 
 
+def _per_token(values: Tensor) -> Tensor:
+    """[N, *event] summed to [N]."""
+    return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
-    """Sum over classes of p * values, where classes of no probability count nothing."""
-    return torch.where(p > 0, p * values, 0).sum(-1)
+    """Sum over classes of p * values, where classes of no probability count nothing, in the gradient too."""
+    return (p * torch.where(p > 0, values, 0)).sum(-1)
 
 
 def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling | None) -> Tensor | None:
@@ -144,12 +151,27 @@ def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling
     return torch.tensor(weights, device=device)
 
 
-def _distribution(policy: Policy, hidden: list[Tensor], ramp: Tensor | None, guidance: Sampling | None) -> Tensor:
-    """Log-probabilities [N, *event, classes] of the kept tokens."""
+def _logits(policy: Policy, hidden: list[Tensor], ramp: Tensor | None) -> Tensor:
+    """Logits [N, *event, classes] of the kept tokens, guided if there is a ramp, in fp32 at least."""
     logits = policy.logits(hidden[0])
     if ramp is not None:
         t = ramp.view(-1, *(1 for _ in logits.shape[1:]))
         logits = (1 + t) * logits - t * policy.logits(hidden[1])
-    if guidance is not None:
-        logits = filter_logits(logits, guidance)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _support(logits: Tensor, target: Tensor, guidance: Sampling | None) -> Tensor | None:
+    """Which classes may be drawn, bool like ``logits``; None for all."""
+    if guidance is None or (guidance.top_k == 0 and guidance.top_p == 1):
+        return None
+    return filter_logits(logits, guidance).isfinite().scatter(-1, target.unsqueeze(-1), True)
+
+
+def _normalised(logits: Tensor, guidance: Sampling | None, support: Tensor | None) -> Tensor:
+    """Log-probabilities at the sampling temperature, over the support."""
+    if guidance is not None and guidance.temperature != 1:
+        logits = logits / guidance.temperature
+    if support is not None:
+        logits = logits.masked_fill(~support, -torch.inf)
     return logits.log_softmax(-1)

@@ -109,7 +109,8 @@ class RunFolder:
         found = []
         for file in sorted((self.path / "evaluations").glob("update-*.pt")):
             kept = torch.load(file, weights_only=True)
-            rewards, hits, neds = (None if kept[k] is None else kept[k].numpy() for k in ("rewards", "hits", "neds"))
+            hits, neds = (None if kept[name] is None else kept[name].numpy() for name in ("hits", "neds"))
+            rewards = kept["rewards"].numpy()
             found.append(
                 Evaluation(list(prompts), 1, kept["images"], kept["texts"], rewards, hits, neds, kept["made_by"])
             )

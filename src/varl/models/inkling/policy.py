@@ -193,6 +193,8 @@ class Inkling(nn.Module):
         asked = range(start, steps.stop)
         if prefix is not None and prefix.step != steps.start:
             raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
+        if prefix is not None and len(actions) % prefix.batch:
+            raise ValueError(f"{len(actions)} rows of actions cannot go on from the {prefix.batch} of the prefix")
         with torch.no_grad():
             known = actions[:, : self._schedule.offsets[steps.stop - 1]]
             maps = self.tokenizer.quantizer.accumulate(known, steps.stop)[1] if known.shape[1] else []
