@@ -8,7 +8,7 @@ from PIL import Image
 from varl.algorithm import propagate
 from varl.policy import Prompt
 from varl.run import gallery
-from varl.run.gallery import mask_overlay, save_before_after, save_gallery
+from varl.run.gallery import mask_overlay, save_before_after, save_gallery, save_pictures
 from varl.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.square([1, 2, 4], stride=4)
@@ -161,6 +161,20 @@ def test_before_after_places(tmp_path, images):
     assert before[0][0] == before[1][0] < after[0][0] < before[2][0]
 
 
+def test_pictures_above_their_prompts(tmp_path, images):
+    path = tmp_path / "p.png"
+    for columns, rows in ((None, 1), (2, 2), (1, 3)):
+        save_pictures(path, PROMPTS, images, columns)
+        sheet = load(path)
+        shown = (images * 255).round().byte().permute(0, 2, 3, 1).numpy().repeat(12, 1).repeat(12, 2)
+        places = [where(sheet, picture) for picture in shown]
+        assert [len(at) for at in places] == [1, 1, 1]
+        assert len({at[0][0] for at in places}) == rows
+        (y, x) = places[0][0]
+        below = sheet[y + 192 : y + 230, x : x + 192]
+        assert count(below, gallery.INK) > 20  # the prompt
+
+
 def test_refusals(tmp_path, images):
     ones = torch.ones(3)
     path = tmp_path / "g.png"
@@ -174,6 +188,10 @@ def test_refusals(tmp_path, images):
         save_gallery(path, [], images[:0], ones[:0], None, None, None, SCHEDULE)
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
         save_gallery(path, PROMPTS, images, ones, None, None, None, SCHEDULE, 0)
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        save_before_after(path, PROMPTS, images, images, [""] * 3, [""] * 3, 0)
+    with pytest.raises(ValueError, match="there are 3 images, but 1 prompts"):
+        save_pictures(path, PROMPTS[:1], images)
     with pytest.raises(ValueError, match="there are 2 images, but 3 prompts"):
         save_before_after(path, PROMPTS, images, images[:2], [""] * 3, [""] * 2)
     assert not path.exists()

@@ -17,7 +17,7 @@ from varl.policy import Prompt
 from varl.rewards.ocr import word_hits
 from varl.schedule import ScaleSchedule
 
-__all__ = ["mask_overlay", "save_before_after", "save_gallery"]
+__all__ = ["mask_overlay", "save_before_after", "save_gallery", "save_pictures"]
 
 Color = tuple[int, int, int]
 Run = tuple[str, Color]
@@ -72,8 +72,6 @@ def save_gallery(
     count = _check_pictures(images, {"prompts": prompts, "rewards": rewards, "advantages": advantages, "texts": texts})
     if masks is not None and tuple(masks.shape) != (count, schedule.tokens):
         raise ValueError(f"masks must be [{count}, {schedule.tokens}] for this schedule, got {tuple(masks.shape)}")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
     samples = []
     for i in range(count):
         picture = _pixels(images[i])
@@ -89,9 +87,8 @@ def save_gallery(
             body.append(_scales(picture, shown.size, masks[i].detach().float().cpu(), schedule))
         sample = _row(body, 2 * GAP)
         samples.append(_stack([_flow(_title(prompts[i]), sample.width, 2, bold=True), sample], GAP))
-    height = max(sample.height for sample in samples)
-    cards = [_card(_row([sample, _blank(0, height)], 0)) for sample in samples]
-    _save(_sheet(cards, columns or max(1, 1700 // (cards[0].width + GAP))), path)
+    columns = _columns(columns, count, samples[0].width)
+    _save(_sheet(_equal_cards(samples), columns), path)
 
 
 def save_before_after(
@@ -120,8 +117,7 @@ def save_before_after(
     """
     count = _check_pictures(before_images, {"prompts": prompts, "before_texts": before_texts})
     _check_pictures(after_images, {"prompts": prompts, "after_texts": after_texts})
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+    columns = _columns(columns, count, 0)
     rows = []
     for first in range(0, count, columns):
         own = range(first, min(first + columns, count))
@@ -133,6 +129,27 @@ def save_before_after(
         titles = [_flow(_title(prompts[i]), width, 3) for i in own]
         rows.append(_card(_stack([_row([_blank(SIZE + 6, 1), *titles], GAP), *sides], GAP)))
     _save(_sheet(rows, 1), path)
+
+
+def save_pictures(path: str | Path, prompts: Sequence[Prompt], images: Tensor, columns: int | None = None) -> None:
+    """Write a PNG of N pictures, each above its prompt.
+
+    Args:
+        path: where to; its folder is made.
+        prompts: N prompts.
+        images: [N, 3, H, W] in [0, 1].
+        columns: pictures side by side; by default as many as fit in 1,700 pixels, at most 8.
+
+    Raises:
+        ValueError: if there is no picture, or shapes do not match.
+    """
+    count = _check_pictures(images, {"prompts": prompts})
+    cells = []
+    for i in range(count):
+        shown = _show(_pixels(images[i]))
+        cells.append(_stack([shown, _flow(_title(prompts[i]), max(MIN_TEXT, shown.width), 3)], 4))
+    columns = _columns(columns, min(8, count), cells[0].width)
+    _save(_sheet(_equal_cards(cells), columns), path)
 
 
 def mask_overlay(picture: np.ndarray, mask_hw: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -204,6 +221,19 @@ def _check_pictures(images: Tensor, others: dict[str, Sequence[object] | Tensor 
         if values is not None and len(values) != len(images):
             raise ValueError(f"there are {len(images)} images, but {len(values)} {name}")
     return len(images)
+
+
+def _columns(asked: int | None, most: int, width: int) -> int:
+    """How many things of a width go side by side, if it was not said."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"columns must be at least 1, got {asked}")
+    return asked or max(1, min(most, 1700 // (width + 4 * GAP)))
+
+
+def _equal_cards(blocks: Sequence[Image.Image]) -> list[Image.Image]:
+    """Blocks as cards of the same height."""
+    height = max(block.height for block in blocks)
+    return [_card(_row([block, _blank(0, height)], 0)) for block in blocks]
 
 
 def _pixels(image: Tensor) -> np.ndarray:
