@@ -103,6 +103,7 @@ def test_averages_are_over_words_and_failures_are_left_out(policy):
     record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert record["failed"] == 1
     assert record["metrics"]["word_accuracy"]["value"] == pytest.approx(0.6)
+    assert {type(value) for value in result.made_by.values()} <= {str, int, dict}  # what any format can keep
     assert record["made_by"]["varl"] == varl.__version__
     assert record["made_by"]["reward"]["reward"] == "reader"
     assert record["made_by"]["sampling"]["guidance"] == 0
