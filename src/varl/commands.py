@@ -22,7 +22,7 @@ from varl.models.inkling.pretrain import PretrainConfig
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
 from varl.policy import Policy, Prompt
 from varl.probe import probe as probe_policy
-from varl.prompts import resolve_prompts
+from varl.prompts import quoted_words, resolve_prompts
 from varl.rewards import load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.gallery import save_pictures
@@ -87,7 +87,8 @@ class GenerateConfig:
         source: prompt file, or ``inkling:held-out``.
         count: how many prompts to generate or take.
         out: the picture to write: one sheet of all samples.
-        policy, sampling: the model and how it is sampled.
+        policy: the model.
+        sampling: how it is sampled.
         seed: of the draws.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
@@ -111,7 +112,7 @@ def _load(config: PolicyConfig, device: str) -> Policy:
 def generate(config: GenerateConfig) -> None:
     """Draw pictures for prompts and save them as one sheet."""
     with checking():
-        prompts = [Prompt(text) for text in config.prompt] or resolve_prompts(config.source, count=config.count)
+        prompts = [Prompt(text, quoted_words(text)) for text in config.prompt] or resolve_prompts(config.source, count=config.count)
         prompts = prompts[: max(config.count, len(config.prompt))]
         policy = _load(config.policy, config.device)
         condition = policy.condition(prompts)
@@ -127,9 +128,12 @@ class EvaluateConfig:
     """Settings of ``varl evaluate``.
 
     Attributes:
-        source, count, prompt_seed: the prompts: a file, or generated ones with their number and seed.
+        source: a prompt file, or ``inkling:held-out``, generated from words that are never trained on.
+        count: how many prompts to generate; ignored for files.
+        prompt_seed: of the generated prompts.
         seed: of the pictures.
-        policy, sampling: the model and how it is sampled.
+        policy: the model.
+        sampling: how it is sampled.
         reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
         out: also write the result as JSON.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -197,7 +201,9 @@ class ProbeConfig:
         count: prompts to measure on.
         prefixes: states drawn for every prompt and step.
         continuations: continuations of each.
-        policy, sampling, reward: what is measured.
+        policy: the model.
+        sampling: how it is sampled.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
         out: folder for probe.json and probe.png.
         seed: of the draws.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -252,7 +258,8 @@ class DoctorConfig:
 
     Attributes:
         source: prompt file, or ``inkling:train``.
-        policy, reward: what is checked.
+        policy: the model.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 

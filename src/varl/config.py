@@ -71,7 +71,9 @@ class MaskConfig:
         propagation: from grid to grid, fine to coarse, or straight from the picture at every scale.
         empty: what a picture without regions trains: everything, or nothing.
         merge: how the masks of a prefix's continuations are joined.
-        coverage, shape, dilation: how a region becomes cells of the final grid; dilation in pixels.
+        coverage: a cell of the final grid is masked if a region overlaps it, or softly, by the share that is covered.
+        shape: regions as polygons, or as the boxes around them.
+        dilation: pixels by which regions are widened first.
         count: tokens that the step weights count: the whole grid's, or only masked ones.
         kl: restrict the KL term too.
     """
@@ -94,7 +96,8 @@ class MethodConfig:
     Attributes:
         update: ``alternate`` between prefix and suffix updates (the paper's method), or always ``full`` (vanilla GRPO),
             ``prefix`` or ``suffix``.
-        prefix_updates, suffix_updates: the alternation n : m.
+        prefix_updates: n of the alternation n : m, prefix updates in a row.
+        suffix_updates: m of the alternation n : m, suffix updates in a row.
         middle: the middle step: ``quarter``, ``grid:S``, ``pixels:P`` or a number of steps.
         prompts: prompts an update.
         group: samples a prompt, compared with one another.
@@ -155,9 +158,11 @@ class OptimizerConfig:
 
     Attributes:
         learning_rate: after the warm-up.
-        warmup_from, warmup_updates: the rate the warm-up starts at, and its length.
+        warmup_from: the rate that the warm-up starts at.
+        warmup_updates: the warm-up's length.
         suffix_scale: factor on the learning rate of suffix updates.
-        betas, weight_decay: of AdamW.
+        betas: decay rates of AdamW's two moments.
+        weight_decay: of AdamW, decoupled.
         clip_norm: largest norm of the gradient.
     """
 
@@ -179,7 +184,9 @@ class EvaluationConfig:
     """Held-out evaluation.
 
     Attributes:
-        source, count, prompt_seed: the prompts, as in ``prompts``.
+        source: a prompt file, or ``inkling:held-out``, generated from words that are never trained on.
+        count: how many prompts to generate; ignored for files.
+        prompt_seed: of the generated prompts.
         seed: of the pictures.
         every: updates between evaluations; 0 evaluates only before and after.
         enabled: evaluate at all.
@@ -231,7 +238,13 @@ class TrainConfig:
     """Everything that ``varl train`` needs.
 
     Attributes:
-        policy, prompts, sampling, method, optimizer, evaluation, run: the sections.
+        policy: which model.
+        prompts: which prompts.
+        sampling: how pictures are drawn, in training and evaluation.
+        method: what is sampled, rewarded and trained.
+        optimizer: AdamW.
+        evaluation: on held-out prompts.
+        run: how long, where and how.
         reward: ``ocr``, ``my_module:my_reward``, or a mapping with ``name`` and the reward's options.
     """
 

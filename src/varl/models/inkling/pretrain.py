@@ -29,7 +29,14 @@ __all__ = ["PretrainConfig", "StageConfig", "pretrain", "sample_batch"]
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage: its length and its optimizer (AdamW, warm-up, then cosine decay to a tenth)."""
+    """One stage, optimised by AdamW with a warm-up and a cosine decay to a tenth.
+
+    Attributes:
+        steps: its length.
+        batch: pictures a step.
+        learning_rate: the highest.
+        warmup: steps until then.
+    """
 
     steps: int
     batch: int
@@ -44,11 +51,13 @@ class PretrainConfig:
     Attributes:
         out: folder for checkpoints and the finished ``inkling.safetensors``.
         model: the shape of the model.
-        tokenizer, transformer: the two stages.
+        tokenizer: the first stage.
+        transformer: the second stage.
         drop_condition: share of samples whose condition is replaced by the null one, for guidance.
         last_grid_every: the last grid, by far the largest, is trained in every n-th step only.
         save_every: seconds between checkpoints.
-        device, seed: where, and from which random numbers.
+        device: ``cpu`` or ``cuda``.
+        seed: of everything random.
     """
 
     out: Path = Path("runs/inkling-pretrain")
