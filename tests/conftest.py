@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import make_inkling, make_prompts
 
+from small import make_inkling, make_prompts
 from varl.models.inkling import Inkling
 from varl.policy import Prompt
 

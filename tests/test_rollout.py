@@ -1,9 +1,9 @@
 import pytest
 import torch
-from bits import SCHEDULE, Bits, labels
-from small import counting
 from torch import Tensor
 
+from bits import SCHEDULE, Bits, labels
+from small import counting
 from varl import Prompt, Sampling, log_probs, rollout
 from varl.models.inkling import Inkling
 from varl.rollout import row_generators
@@ -133,9 +133,7 @@ def test_a_rows_draws_do_not_depend_on_its_batch(inkling: Inkling, prompts: list
 def test_row_generators_differ_from_one_another() -> None:
     seeds = [g.initial_seed() for seed in ((0,), (1,), (0, 1), (1, 1)) for g in row_generators(seed, 50)]
     assert len(set(seeds)) == len(seeds)
-    assert [g.initial_seed() for g in row_generators((0,), 3)] == [
-        g.initial_seed() for g in row_generators((0,), 9)[:3]
-    ]
+    assert seeds[:3] == [g.initial_seed() for g in row_generators((0,), 3)]
 
 
 @pytest.mark.parametrize("sampling", [None, GUIDED])

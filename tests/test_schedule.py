@@ -29,7 +29,7 @@ def test_counts_and_offsets_of_oblong_grids() -> None:
     assert schedule.describe() == "1x1 1x2 2x3 (9 tokens, 24x16 pixels)"
 
 
-@pytest.mark.parametrize("steps", [range(0), range(2, 2), range(0, 4), range(-1, 2), range(0, 3, 2), range(2, 0, -1)])
+@pytest.mark.parametrize("steps", [range(0), range(2, 2), range(4), range(-1, 2), range(0, 3, 2), range(2, 0, -1)])
 def test_span_refuses_what_is_no_run_of_steps(steps: range) -> None:
     with pytest.raises(ValueError, match="consecutive"):
         ScaleSchedule.square([1, 2, 3]).span(steps)

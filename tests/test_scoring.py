@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from bits import SCHEDULE, Bits, labels
-from small import counting, make_inkling
 from torch import Tensor
 
+from bits import SCHEDULE, Bits, labels
+from small import counting, make_inkling
 from varl import Prompt, Sampling, log_probs, rollout
 from varl.models.inkling import Inkling
 from varl.policy import Condition

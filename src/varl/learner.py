@@ -77,7 +77,8 @@ class Learner:
     def learn(self, batch: Batch, stage: Stage, diagnose: bool = False) -> dict[str, Any]:
         """One optimizer step an epoch on a batch; returns what there is to log.
 
-        A non-finite loss or gradient skips the step and is counted in ``skipped``.
+        A non-finite loss or gradient skips the step and is counted in ``skipped``; so does a batch in which no sequence
+        is valid, where momentum and weight decay alone would move the weights.
         """
         rows = torch.arange(len(batch.sequences)).split(self.micro_batch)
         old: dict[int, Tensor] = {}
@@ -101,9 +102,9 @@ class Learner:
                 if scores.entropy is not None:
                     entropies.append(scores.entropy)
             with stage("optimizer"):
-                norm, taken = self._step(outputs, batch.rate)
+                norm, taken = self._step(outputs, batch)
             log["skipped"] += not taken
-            log |= _summary(outputs, batch, [len(part) for part in rows]) | {"gradient_norm": norm}
+            log |= _summary(outputs, batch, [int(batch.valid_B[part].sum()) for part in rows]) | {"gradient_norm": norm}
             log["loss_share_by_step"] = self._share_by_step(torch.cat(weights), batch)
             if entropies:
                 log["entropy_by_step"] = self._mean_by_step(torch.cat(entropies), batch)
@@ -167,13 +168,14 @@ class Learner:
             norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None)))
         return norms
 
-    def _step(self, outputs: list[LossOutput], factor: float) -> tuple[float, bool]:
+    def _step(self, outputs: list[LossOutput], batch: Batch) -> tuple[float, bool]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
-        if not (math.isfinite(norm) and all(math.isfinite(float(o.loss)) for o in outputs)):
+        finite = math.isfinite(norm) and all(math.isfinite(float(o.loss)) for o in outputs)
+        if not (finite and bool(batch.valid_B.any())):
             self.optimizer.zero_grad(set_to_none=True)
             return norm, False
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * factor
+            group["lr"] = self.rate() * batch.rate
         self.optimizer.step()
         self.steps_taken += 1
         return norm, True
@@ -205,8 +207,8 @@ def _policy_weight(inputs: LossInput) -> Tensor:
 
 
 def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[str, Any]:
-    """One record of all micro-batches: sums of loss terms, means and extremes of the rest."""
-    total = float(sum(sizes))
+    """One record of all micro-batches, of ``sizes`` valid rows: sums of loss terms, means and extremes of the rest."""
+    total = max(float(sum(sizes)), 1.0)
 
     def mean(values: list[Tensor]) -> Tensor:
         return sum((v.double().cpu() * n for v, n in zip(values, sizes, strict=True)), torch.zeros(())) / total
