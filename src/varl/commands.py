@@ -112,7 +112,9 @@ def _load(config: PolicyConfig, device: str) -> Policy:
 def generate(config: GenerateConfig) -> None:
     """Draw pictures for prompts and save them as one sheet."""
     with checking():
-        prompts = [Prompt(text, quoted_words(text)) for text in config.prompt] or resolve_prompts(config.source, count=config.count)
+        prompts = [Prompt(text, quoted_words(text)) for text in config.prompt] or resolve_prompts(
+            config.source, count=config.count
+        )
         prompts = prompts[: max(config.count, len(config.prompt))]
         policy = _load(config.policy, config.device)
         condition = policy.condition(prompts)

@@ -104,6 +104,8 @@ class MethodConfig:
         continuations: K, continuations drawn from every prefix of a prefix update.
         value: estimator of the middle return; ``soft`` is the paper's. With K = 1 it is the terminal reward.
         eta: temperature of the middle return.
+        continuations_by: who draws the continuations of a prefix update: the ``policy`` (the paper's way), or the
+            ``reference``, whose log-mean-exp is the soft value of the paper's Definition 1.
         suffix_state: one prefix shared by a suffix group, or one of its own for each sample.
         advantage: how rewards of a group become advantages.
         alpha: exponent of the step weights k_t = 1 / n_t^alpha.
@@ -126,6 +128,7 @@ class MethodConfig:
     continuations: int = 2
     value: Estimator = "soft"
     eta: float = 1.0
+    continuations_by: Literal["policy", "reference"] = "policy"
     suffix_state: Literal["shared", "independent"] = "shared"
     advantage: AdvantageKind = "std"
     alpha: float = 0.6
@@ -145,11 +148,15 @@ class MethodConfig:
         _need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
         _need(self.beta >= 0, f"method.beta must be 0 or more, got {self.beta}")
         _need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
+        _need(
+            self.continuations_by == "policy" or self.value not in ("soft-reference", "policy"),
+            f"method.value {self.value} weighs continuations of the policy; with continuations_by reference use soft",
+        )
 
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen copy of the initial policy must be held."""
-        return self.beta > 0 or self.value in ("soft-reference", "policy")
+        return self.beta > 0 or self.value in ("soft-reference", "policy") or self.continuations_by == "reference"
 
 
 @dataclass(frozen=True)

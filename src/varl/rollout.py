@@ -13,7 +13,7 @@ from torch import Tensor
 from varl.policy import Condition, Policy
 from varl.sampling import Sampling, draw, filter_logits
 
-__all__ = ["Rollout", "Rows", "rollout", "row_generators"]
+__all__ = ["Rollout", "Rows", "replay", "rollout", "row_generators"]
 
 Rows = torch.Generator | Sequence[torch.Generator] | None
 """Where draws come from: one generator for the batch, one a row, or torch's global one."""
@@ -120,3 +120,26 @@ def rollout(
         state if keep_state else None,
         sampling.guidance,
     )
+
+
+@torch.no_grad()
+def replay(policy: Policy, condition: Condition, actions: Tensor, until: int, guidance: float = 0.0) -> Rollout:
+    """Bring a policy to the state after given actions, to go on from: as if it had drawn them.
+
+    Args:
+        condition: [batch] rows.
+        actions: [batch, tokens, *event], at least all tokens of the first ``until`` steps.
+        until: the number of steps to take over.
+        guidance: as in ``Sampling``, for what will be drawn afterwards.
+
+    Raises:
+        ValueError: if the actions do not cover the steps.
+    """
+    span = condition.schedule.span(range(until))
+    if actions.shape[1] < span.stop:
+        raise ValueError(f"{until} steps need {span.stop} tokens, the actions have {actions.shape[1]}")
+    state = policy.start(condition, guidance)
+    for step in range(until):
+        policy.next_logits(state)
+        policy.advance(state, actions[:, condition.schedule.tokens_of(step)])
+    return Rollout(condition, actions[:, span], until, state=state)

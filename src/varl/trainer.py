@@ -113,7 +113,12 @@ class Trainer:
             condition = self.policy.condition(prompts)
         with self.stage("rollout"):
             drawn = updates.draw(
-                self.policy, condition, plan, self.config.sampling, (self.config.run.seed, self.update)
+                self.policy,
+                condition,
+                plan,
+                self.config.sampling,
+                (self.config.run.seed, self.update),
+                self.reference if method.continuations_by == "reference" else None,
             )
         with self.stage("decode"):
             images = self._decode(drawn.whole.actions)

@@ -13,7 +13,7 @@ from varl.algorithm import Advantages, group_advantages, middle_return, token_ma
 from varl.config import MaskConfig, MethodConfig
 from varl.policy import Condition, Policy
 from varl.rewards import RewardOutput
-from varl.rollout import Rollout, rollout, row_generators
+from varl.rollout import Rollout, replay, rollout, row_generators
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
@@ -89,11 +89,20 @@ class Drawn:
     whole: Rollout
 
 
-def draw(policy: Policy, condition: Condition, plan: Plan, sampling: Sampling, seed: Sequence[int]) -> Drawn:
+def draw(
+    policy: Policy,
+    condition: Condition,
+    plan: Plan,
+    sampling: Sampling,
+    seed: Sequence[int],
+    continued_by: Policy | None = None,
+) -> Drawn:
     """Draw an update's sequences; every row has a generator of its own, seeded by (seed, stage, row).
 
     Args:
         condition: one row a prompt.
+        continued_by: draws the continuations of a prefix update in the policy's place (the reference, for a middle
+            return under it); its caches are filled by replaying the prefixes.
     """
     heads = condition.repeat(plan.heads)
     total = len(condition.schedule)
@@ -103,7 +112,10 @@ def draw(policy: Policy, condition: Condition, plan: Plan, sampling: Sampling, s
         return Drawn(whole, whole)
     prefix = rollout(policy, heads, sampling, first, until=plan.branch_at, keep_state=True)
     second = row_generators((*seed, 1), heads.batch * plan.tails)
-    whole = rollout(policy, heads, sampling, second, start=prefix, fork=plan.tails)
+    author, start = policy, prefix
+    if continued_by is not None and plan.kind == "prefix":
+        author, start = continued_by, replay(continued_by, heads, prefix.actions, plan.branch_at, sampling.guidance)
+    whole = rollout(author, heads, sampling, second, start=start, fork=plan.tails)
     prefix.state = None
     return Drawn(prefix if plan.kind == "prefix" else whole, whole)
 

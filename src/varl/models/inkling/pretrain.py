@@ -36,12 +36,14 @@ class StageConfig:
         batch: pictures a step.
         learning_rate: the highest.
         warmup: steps until then.
+        horizon: steps over which the rate decays; by default all. A longer one leaves a stage off early.
     """
 
     steps: int
     batch: int
     learning_rate: float
     warmup: int = 50
+    horizon: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ class _Stage:
 
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / self.config.warmup)
-        return self.config.learning_rate * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / self.config.steps))
+        return (
+            self.config.learning_rate
+            * warm
+            * (0.55 + 0.45 * math.cos(math.pi * self.step / (self.config.horizon or self.config.steps)))
+        )
 
     def update(self, loss: Tensor) -> None:
         for group in self.optimizer.param_groups:
