@@ -6,7 +6,7 @@ from bits import SCHEDULE, Bits, labels
 from small import counting
 from varl import Prompt, Sampling, log_probs, rollout
 from varl.models.inkling import Inkling
-from varl.rollout import row_generators
+from varl.rollout import replay, row_generators
 
 GUIDED = Sampling(guidance=1.5, top_k=20, top_p=0.9, temperature=0.8)
 STEPS = 5
@@ -199,3 +199,20 @@ def test_what_cannot_be_drawn(inkling: Inkling, prompts: list[Prompt]) -> None:
         rollout(inkling, condition, None, row_generators((0,), 2), start=head, fork=2)
     with pytest.raises(ValueError, match="guidance"):
         rollout(inkling, condition, Sampling(guidance=2), start=head)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), GUIDED])
+@pytest.mark.parametrize("m", [1, 3])
+def test_a_replayed_prefix_is_gone_on_with_like_a_drawn_one(
+    inkling: Inkling, prompts: list[Prompt], sampling: Sampling, m: int
+) -> None:
+    condition = inkling.condition(prompts[:2])
+    head = rollout(inkling, condition, sampling, row_generators((0,), 2), until=m, keep_state=True)
+    again = replay(inkling, condition, head.actions, m, sampling.guidance)
+    assert torch.equal(again.actions, head.actions)
+    rest, expected = (
+        rollout(inkling, condition, sampling, row_generators((1,), 4), start=start, fork=2) for start in (again, head)
+    )
+    assert torch.equal(rest.actions, expected.actions)
+    with pytest.raises(ValueError, match="need 14 tokens, the actions have 5"):
+        replay(inkling, condition, expected.actions[:, :5], 3)

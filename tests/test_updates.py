@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from small import counting
+from small import counting, make_inkling
 from varl import Prompt, Sampling, log_probs, updates
 from varl.config import MaskConfig, MethodConfig
 from varl.models.inkling import Inkling
@@ -164,8 +164,6 @@ def test_a_failed_picture_drops_its_group(inkling: Inkling, kind: updates.Kind) 
 
 @pytest.mark.parametrize("estimator", ["soft-reference", "policy"])
 def test_returns_that_need_the_reference(inkling: Inkling, prompts: list[Prompt], estimator: str) -> None:
-    from small import make_inkling
-
     method = MethodConfig(middle=3, group=2, continuations=2, value=estimator, eta=0.5)
     plan, reference = updates.plan("prefix", method, inkling.default_schedule), make_inkling(seed=1)
     made = drawn(inkling, prompts[:2], plan)
@@ -228,3 +226,23 @@ def test_no_masks(inkling: Inkling) -> None:
     plan = updates.plan("full", METHOD, schedule)
     assert updates.masks(output([0.0] * 4, [[]] * 4), plan, schedule, MaskConfig(enabled=False), (48, 48)) is None
     assert updates.masks(output([0.0] * 4, None), plan, schedule, MaskConfig(), (48, 48)) is None
+
+
+def test_continuations_by_the_reference(inkling: Inkling, prompts: list[Prompt]) -> None:
+    reference = make_inkling(seed=1)
+    plan = updates.plan("prefix", METHOD, inkling.default_schedule)
+    condition, sampling = inkling.condition(prompts[:2]), Sampling(guidance=1.0)
+    own = updates.draw(inkling, condition, plan, sampling, (0,))
+    made = updates.draw(inkling, condition, plan, sampling, (0,), continued_by=reference)
+    same = updates.draw(inkling, condition, plan, sampling, (0,), continued_by=inkling)
+    assert torch.equal(made.trained.actions, own.trained.actions)
+    assert torch.equal(made.whole.actions[:, :14], own.trained.actions.repeat_interleave(3, 0))
+    assert not torch.equal(made.whole.actions, own.whole.actions)
+    assert torch.equal(same.whole.actions, own.whole.actions)
+    # The reference's likelihood of them is higher than the policy's.
+    with torch.no_grad():
+        logp = [
+            log_probs(m, made.whole.condition, made.whole.actions, range(3, 5), guidance=sampling).logp.sum()
+            for m in (inkling, reference)
+        ]
+    assert logp[1] > logp[0]

@@ -142,4 +142,4 @@ def replay(policy: Policy, condition: Condition, actions: Tensor, until: int, gu
     for step in range(until):
         policy.next_logits(state)
         policy.advance(state, actions[:, condition.schedule.tokens_of(step)])
-    return Rollout(condition, actions[:, span], until, state=state)
+    return Rollout(condition, actions[:, span], until, state=state, guidance=guidance)
