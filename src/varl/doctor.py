@@ -31,14 +31,19 @@ def check_policy(policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1
     Args:
         prompts: at least two.
         tolerance: largest difference of log-probabilities, in nats, that rounding may explain.
+
+    Raises:
+        ValueError: if there are fewer than two prompts: one cannot show that rows do not depend on one another.
     """
+    if len(prompts) < 2:
+        raise ValueError(f"the checks need at least 2 prompts, got {len(prompts)}")
     condition = policy.condition(prompts)
     schedule = condition.schedule
     drawn = rollout(policy, condition, None, row_generators((0,), len(prompts)), logp=True)
     assert drawn.logp is not None
     with torch.no_grad():
         plain = log_probs(policy, condition, drawn.actions).logp
-    trained = log_probs(policy, condition, drawn.actions).logp
+    trained = log_probs(policy, condition, drawn.actions).logp.detach()
     off = float(((trained - plain).exp() - 1).abs().max())
     yield Check("on-policy ratio is exactly 1", off == 0, f"largest |ratio - 1| = {off:.1e}")
 

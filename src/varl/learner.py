@@ -170,7 +170,7 @@ class Learner:
 
     def _step(self, outputs: list[LossOutput], batch: Batch) -> tuple[float, bool]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
-        finite = math.isfinite(norm) and all(math.isfinite(float(o.loss)) for o in outputs)
+        finite = math.isfinite(norm) and all(math.isfinite(o.loss.item()) for o in outputs)
         if not (finite and bool(batch.valid_B.any())):
             self.optimizer.zero_grad(set_to_none=True)
             return norm, False
@@ -214,7 +214,7 @@ def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[
         return sum((v.double().cpu() * n for v, n in zip(values, sizes, strict=True)), torch.zeros(())) / total
 
     log: dict[str, Any] = {
-        "loss": float(sum(float(o.loss) for o in outputs)),
+        "loss": float(sum(o.loss.item() for o in outputs)),
         "log_ratio_by_step": mean([o.log_ratio_mean_T for o in outputs]).tolist(),
         "log_ratio_max": max(float(o.log_ratio_max_T.max()) for o in outputs),
         "clip_fraction": float(mean([torch.as_tensor(o.clip_fraction) for o in outputs])),

@@ -150,8 +150,9 @@ def probe(
     caches; pictures that the reward fails on drop their prompt from that step's measurement.
 
     Raises:
-        ValueError: if a step keeps fewer than two prompts.
+        ValueError: if there are fewer than two prompts, prefixes or continuations, or a step keeps fewer prompts.
     """
+    decided_share(torch.zeros(len(prompts), prefixes, continuations))  # says before work that there are too few
     condition = policy.condition(prompts)
     schedule = condition.schedule
     sequence = rollout(policy, condition, sampling, row_generators((seed, 0), len(prompts)))
