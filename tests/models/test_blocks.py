@@ -1,0 +1,81 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varl.models.blocks import KeyValueCache, attend_by_scale
+
+COUNTS = [1, 4, 6]
+STEP = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+LAYERS, ROWS, HEADS, TOKENS, WIDTH = 2, 3, 2, 11, 4
+
+
+def qkv(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.randn(3, ROWS, HEADS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_token_sees_its_grid_and_coarser_ones(scale: float | None) -> None:
+    q, k, v = qkv()
+    visible = STEP[None, :] <= STEP[:, None]
+    scores = q @ k.transpose(2, 3) * (WIDTH**-0.5 if scale is None else scale)
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(attend_by_scale(q, k, v, COUNTS, scale), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_queries_after_a_prefix(first: int) -> None:
+    q, k, v = qkv()
+    start = sum(COUNTS[:first])
+    found = attend_by_scale(q[:, :, start:], k, v, COUNTS[first:])
+    torch.testing.assert_close(found, attend_by_scale(q, k, v, COUNTS)[:, :, start:], atol=1e-6, rtol=0)
+
+
+def cache() -> KeyValueCache:
+    return KeyValueCache(LAYERS, ROWS, HEADS, TOKENS, WIDTH, torch.zeros(1))
+
+
+def test_what_is_written_is_returned() -> None:
+    _, k, v = qkv()
+    own = cache()
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            own.write(layer, 0, k[:, :, :5] + layer, v[:, :, :5] - layer)
+            keys, values = own.write(layer, 5, k[:, :, 5:] + layer, v[:, :, 5:] - layer)
+            assert torch.equal(keys, k + layer)
+            assert torch.equal(values, v - layer)
+    assert torch.equal(own.keys[0], k)
+    assert torch.equal(own.values[1], v - 1)
+
+
+def test_nothing_is_stored_while_gradients_are_recorded() -> None:
+    _, k, v = qkv()
+    own = cache()
+    with torch.no_grad():
+        own.write(0, 0, k[:, :, :5], v[:, :, :5])
+    before = own.keys.clone()
+    new = k[:, :, 5:].clone().requires_grad_()
+    keys, values = own.write(0, 5, new, v[:, :, 5:])
+    assert torch.equal(own.keys[0, :, :, :5], before[0, :, :, :5])
+    assert torch.equal(keys, k)
+    assert torch.equal(values, v)
+    keys.sum().backward()
+    assert torch.equal(new.grad, torch.ones_like(new))
+
+
+def test_selected_rows_are_copies() -> None:
+    _, k, v = qkv()
+    own = cache()
+    with torch.no_grad():
+        own.write(1, 0, k[:, :, :5], v[:, :, :5])
+        chosen = own.select(torch.tensor([2, 0, 2, 1]), 5)
+        assert chosen.keys.shape == (LAYERS, 4, HEADS, TOKENS, WIDTH)
+        assert torch.equal(chosen.keys[1, :, :, :5], k[[2, 0, 2, 1], :, :5])
+        assert torch.equal(chosen.values[1, :, :, :5], v[[2, 0, 2, 1], :, :5])
+        chosen.write(1, 0, k[[0, 0, 0, 0], :, :5], v[[0, 0, 0, 0], :, :5])
+    assert torch.equal(own.keys[1, :, :, :5], k[:, :, :5])
+
+
+def test_attention_of_one_grid_is_plain() -> None:
+    q, k, v = qkv()
+    assert torch.equal(attend_by_scale(q, k, v, [TOKENS]), F.scaled_dot_product_attention(q, k, v))
