@@ -236,8 +236,8 @@ def train(
         weight_BL, n = weight_L * valid_B1, len(sequences)
         loss = (policy_BL * weight_BL / n).sum() + (kl_BL * weight_BL * (s.beta / n)).sum()
 
-        # A step of AdamW after a linear warm-up. A loss or gradient that is not finite costs this step, not the run; and
-        # where every group is dropped, momentum and weight decay are not to move the weights by themselves.
+        # A step of AdamW after a linear warm-up. A loss or gradient that is not finite costs this step, not the run;
+        # and where every group is dropped, momentum and weight decay must not move the weights by themselves.
         optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, s.clip_norm))
