@@ -30,7 +30,7 @@ def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> Non
 def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None) -> Inkling:
     """See ``varl.load_policy``."""
     if weights == "random":
-        return Inkling(InklingConfig(**(config or {})))
+        return Inkling(_shape(config or {}, "the configuration"))
     if isinstance(weights, Mapping):
         if set(weights) != {"model"}:
             raise ValueError(f"Inkling has one part, 'model', not {sorted(weights)}")
@@ -48,11 +48,22 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return _build(json.loads(metadata["config"]) | dict(config or {}), tensors, str(path))
+    try:
+        saved = dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what shape of Inkling its weights have: {error!r}") from error
+    return _build(saved | dict(config or {}), tensors, str(path))
+
+
+def _shape(config: Mapping[str, Any], source: str) -> InklingConfig:
+    try:
+        return InklingConfig(**config)
+    except TypeError as error:
+        raise ValueError(f"{source} is no shape of an Inkling: {error}") from error
 
 
 def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
-    policy = Inkling(InklingConfig(**config))
+    policy = Inkling(_shape(config, f"the configuration of {source}"))
     expected = policy.state_dict()
     problems = [f"lacks {key}" for key in expected.keys() - tensors.keys()]
     problems += [f"has {key}, which this shape does not" for key in tensors.keys() - expected.keys()]

@@ -44,8 +44,12 @@ class InklingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", tuple(self.grids))
-        if PICTURE % self.grids[-1] or self.grids[-1] % self.grids[-2]:
-            raise ValueError(f"Inkling's last grid must divide {PICTURE} and be a multiple of the one before")
+        sides = self.grids
+        if len(sides) < 2 or min(sides) < 1 or sides[-1] not in (6, 12, 24) or sides[-1] % sides[-2]:
+            raise ValueError(
+                f"Inkling's grids must be two at least, the last of side 6, 12 or 24 and a multiple of the one before; "
+                f"got {sides}"
+            )
         if self.width % self.heads:
             raise ValueError(f"Inkling's width {self.width} must be a multiple of its {self.heads} heads")
 

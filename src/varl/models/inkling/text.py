@@ -35,6 +35,7 @@ _VOWELS = "AEUY"
 _CONSONANTS = "".join(c for c in ALPHABET if c not in _VOWELS)
 _SHAPES = ("CVC", "CVCV", "VCVC", "CVCC", "CCVC", "CVCVC", "CCVCV", "VCVCV")
 _REGION = re.compile(r"'([^']*)'\s+(?:at|in)\s+the\s+(\w+)")
+_QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def parse_prompt(text: str) -> tuple[Region, ...]:
     """The regions a prompt asks for.
 
     Raises:
-        ValueError: if the text asks for nothing, for an unknown place, for two words at one place, or for a word that
-            Inkling has no letters or no room for.
+        ValueError: if the text asks for nothing, for an unknown place, for two words at one place, for a word without a
+            place, or for one that Inkling has no letters or no room for.
     """
     regions = tuple(Region(word, place) for word, place in _REGION.findall(text))
     if not regions:
@@ -94,6 +95,10 @@ def parse_prompt(text: str) -> tuple[Region, ...]:
             raise ValueError(
                 f"Inkling cannot write {region.word!r}: words have {MIN_LETTERS} to {MAX_LETTERS} letters of {ALPHABET}"
             )
+    placed = [r.word for r in regions]
+    for word in _QUOTED.findall(text):
+        if word not in placed:
+            raise ValueError(f"Inkling's prompt {text!r} names no place for {word!r}")
     if len({r.place for r in regions}) < len(regions):
         raise ValueError(f"Inkling's prompt {text!r} names one place twice")
     return regions
