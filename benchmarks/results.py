@@ -5,13 +5,17 @@
 
 Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with overrides, so an
 interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training, and
-against the seconds of training (evaluations not counted).
+against the seconds of training (evaluations not counted). Finished curves are kept as JSON beside this file, with what
+made them; the report reads those.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from varl.models.inkling.checkpoint import PACKAGED
 
 RECIPE = "recipes/inkling-ocr.yaml"
 PROMPTS, GROUP, CONTINUATIONS = 4, 8, 2
@@ -77,22 +83,40 @@ def command(out: Path, name: str, seed: int, pictures: int, extra: list[str]) ->
     return [sys.executable, "-m", "varl", "train", RECIPE, *(f"--{k}={v}" for k, v in settings.items()), *extra]
 
 
-def run(out: Path, seeds: int, pictures: int, names: list[str], workers: int, extra: list[str]) -> None:
-    """Work through the queue, all methods of a seed before the next seed."""
+def run(out: Path, data: Path, seeds: int, pictures: int, names: list[str], workers: int, extra: list[str]) -> None:
+    """Work through the queue, all methods of a seed before the next seed; finished curves are kept in ``data``."""
     queue = [(name, seed) for seed in range(seeds) for name in names]
     out.mkdir(parents=True, exist_ok=True)
 
     def work(job: tuple[str, int]) -> None:
         name, seed = job
-        updates = METHODS[name].updates_for(pictures)
-        if (folder(out, name, seed) / "evaluations" / f"update-{updates:06d}.json").exists():
+        kept = data / f"{name}-{seed}.json"
+        if kept.exists():
             return
         with (out / f"{name}-{seed}.log").open("a") as log:
             code = subprocess.run(command(out, name, seed, pictures, extra), stdout=log, stderr=log).returncode
+        if code == 0:
+            data.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(record(folder(out, name, seed), pictures, workers, extra), indent=1))
         console.print(f"{name} seed {seed}: {'done' if code == 0 else f'FAILED, see {log.name}'}")
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, queue))
+
+
+def record(path: Path, pictures: int, workers: int, extra: list[str]) -> dict[str, object]:
+    """A finished run as plain values: its curve and what made it."""
+    curve = read_curve(path)
+    made_by = json.loads(sorted((path / "evaluations").glob("update-*.json"))[0].read_text())["made_by"]
+    return {
+        **{name: values.tolist() for name, values in vars(curve).items()},
+        "budget": pictures,
+        "runs_at_a_time": workers,
+        "overrides": extra,
+        "base": hashlib.sha256(PACKAGED.read_bytes()).hexdigest()[:16],
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "made_by": made_by,
+    }
 
 
 @dataclass(frozen=True)
@@ -143,26 +167,35 @@ def final_level(curve: Curve) -> float:
     return float(curve.accuracy[-3:].mean())
 
 
-def load(out: Path) -> dict[str, list[Curve]]:
-    """The finished curves of every method, by seed; only seeds that every method has."""
-    found = {
-        name: {int(p.name.rsplit("-", 1)[1]): p for p in out.glob(f"{name}-*") if (p / "weights.safetensors").exists()}
-        for name in METHODS
-    }
-    found = {name: runs for name, runs in found.items() if runs}
+def load(data: Path) -> dict[str, list[Curve]]:
+    """The finished curves of every method, by seed; only seeds that every method has.
+
+    Raises:
+        SystemExit: if there is none, or they were not made from one base and budget.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    for name in METHODS:
+        runs = {int(p.stem.rsplit("-", 1)[1]): json.loads(p.read_text()) for p in data.glob(f"{name}-[0-9]*.json")}
+        if runs:
+            found[name] = runs
     if not found:
-        raise SystemExit(f"no finished run in {out}; start with: python -m benchmarks.results run")
+        raise SystemExit(f"no finished run in {data}; start with: python -m benchmarks.results run")
+    if len({(r["base"], r["budget"]) for runs in found.values() for r in runs.values()}) > 1:
+        raise SystemExit(f"the runs in {data} differ in base or budget; remove those that do not belong")
     seeds = sorted(set.intersection(*(set(runs) for runs in found.values())))
-    return {name: [read_curve(runs[seed]) for seed in seeds] for name, runs in found.items()}
+    return {
+        name: [Curve(*(np.array(runs[s][key]) for key in ("pictures", "seconds", "accuracy"))) for s in seeds]
+        for name, runs in found.items()
+    }
 
 
 def show(value: float, half: float, digits: int) -> str:
     return "not reached" if not np.isfinite(value) else f"{value:.{digits}f} ± {half:.{digits}f}"
 
 
-def report(out: Path, figure: Path) -> None:
+def report(data: Path, figure: Path) -> None:
     """Print the table and save the figure."""
-    curves = load(out)
+    curves = load(data)
     seeds = len(next(iter(curves.values())))
     table = Table(title=f"Inkling, {seeds} paired seeds, mean ± 95% interval")
     for column in (
@@ -226,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "report"])
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "results")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=4096, help="pictures scored in every run")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -233,9 +267,10 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/results.png"))
     arguments, extra = parser.parse_known_args()
     if arguments.action == "run":
-        run(arguments.out, arguments.seeds, arguments.pictures, arguments.methods, arguments.workers, extra)
+        a = arguments
+        run(a.out, a.data, a.seeds, a.pictures, a.methods, a.workers, extra)
     else:
-        report(arguments.out, arguments.figure)
+        report(arguments.data, arguments.figure)
 
 
 if __name__ == "__main__":

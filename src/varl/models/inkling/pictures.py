@@ -13,11 +13,11 @@ from varl.models.inkling.text import CELL, PICTURE, ROWS, Region, first_column
 
 __all__ = ["draw"]
 
-FONTS = ("DejaVuSansMono-Bold.ttf", "DejaVuSansMono.ttf", "DejaVuSerif-Bold.ttf")
+FONTS = ("DejaVuSansMono-Bold.ttf", "DejaVuSansMono.ttf")
 HEIGHTS = (11, 12)
 WIDTH = 7
 SHIFTS = (-1, 0, 1)
-CONTRASTS = (0.35, 0.7)
+CONTRASTS = (0.45, 0.7)
 TINT = 0.35
 
 

@@ -145,12 +145,12 @@ class Tokenizer(nn.Module):
     def fit(self, images_B3HW: Tensor, generator: torch.Generator, rounds: int = 12) -> None:
         """Set the encoder, and the codebook by k-means of what each step is to add, step by step.
 
-        The last step gets three eighths of the codebook, and the coarse ones the rest, mostly the finer of them.
+        The last step gets a quarter of the codebook. The one before gets most of the rest: it says what is written.
         """
         encoder, table = self.encoder, self.quantizer.embedding.weight
         encoder.coarse.copy_(_principal(_patches(images_B3HW - 0.5, encoder.block * encoder.cell), len(encoder.coarse)))
         total, steps = self.empty(len(images_B3HW)), len(self.quantizer.schedule)
-        bounds = [0, *(int(len(table) * 0.625 * 0.4 ** (steps - 2 - s)) for s in range(steps - 1)), len(table)]
+        bounds = [0, *(int(len(table) * 0.75 * 0.3 ** (steps - 2 - s)) for s in range(steps - 1)), len(table)]
         for step, grid in enumerate(self.quantizer.schedule.grids):
             if step == steps - 1:
                 missed = encoder.missed(images_B3HW, total[:, : len(encoder.coarse)])
