@@ -211,7 +211,7 @@ def test_propagation_covers_every_source_and_keeps_shapes_and_limits():
         assert tokens[0] == 1
         for step in range(len(SCHEDULE)):
             side = SCHEDULE.grids[step][0]
-            part = tokens[SCHEDULE.slice(step)].reshape(side, side)
+            part = tokens[SCHEDULE.tokens_of(step)].reshape(side, side)
             # At least every cell that overlaps the source itself; sequential propagation may widen it.
             for a, b in itertools.product(range(side), repeat=2):
                 assert part[a, b] == 1 or not (overlaps(a, side, i, 8) and overlaps(b, side, j, 8))
@@ -256,7 +256,7 @@ def test_direct_rasterises_every_grid_and_lies_inside_the_sequential_mask():
     for step, grid in enumerate(SCHEDULE.grids):
         for n, polygons in enumerate(regions):
             expected = rasterise(polygons, (64, 64), grid).flatten()
-            assert torch.equal(direct[n, SCHEDULE.slice(step)], expected)
+            assert torch.equal(direct[n, SCHEDULE.tokens_of(step)], expected)
     sequential = token_masks(regions, (64, 64), SCHEDULE)
     assert (direct <= sequential).all()
     assert (direct < sequential).any()
@@ -313,7 +313,7 @@ def test_gradient_mask_takes_the_pixels_above_the_quantile():
     # Half the pixels of one picture: a half-plane of gradient.
     half = torch.zeros(1, 3, 64, 64)
     half[..., :32] = 1 + grad[:1, :, :, :32]
-    mask = gradient_mask(half, 0.5, SCHEDULE)[0, SCHEDULE.slice(5)].reshape(8, 8)
+    mask = gradient_mask(half, 0.5, SCHEDULE)[0, SCHEDULE.tokens_of(5)].reshape(8, 8)
     assert mask[:, :4].eq(1).all()
     assert mask[:, 4:].eq(0).all()
 
