@@ -66,13 +66,15 @@ def test_going_on_is_drawing_in_one_go(inkling: Inkling, prompts: list[Prompt], 
     assert torch.equal(whole.logp, rest.logp)
 
 
-def test_a_rollout_can_be_gone_on_with_more_than_once(inkling: Inkling, prompts: list[Prompt]) -> None:
+@pytest.mark.parametrize("fork", [1, 3])
+def test_a_rollout_can_be_gone_on_with_more_than_once(inkling: Inkling, prompts: list[Prompt], fork: int) -> None:
     condition = inkling.condition(prompts[:2])
     head = rollout(inkling, condition, GUIDED, row_generators((5,), 2), until=2, keep_state=True)
     filled = inkling.default_schedule.prefix_tokens(2)
     keys, actions = head.state.cache.keys[..., :filled, :].clone(), head.actions.clone()
-    first = rollout(inkling, condition, GUIDED, row_generators((6,), 6), start=head, fork=3)
-    again = rollout(inkling, condition, GUIDED, row_generators((6,), 6), start=head, fork=3)
+    first, again = (
+        rollout(inkling, condition, GUIDED, row_generators((6,), 2 * fork), start=head, fork=fork) for _ in range(2)
+    )
     assert torch.equal(first.actions, again.actions)
     assert torch.equal(keys, head.state.cache.keys[..., :filled, :])
     assert torch.equal(actions, head.actions)
