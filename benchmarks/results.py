@@ -1,4 +1,4 @@
-"""Vanilla GRPO, prefix-only GRPO and the full method on Inkling: a resumable queue of paired runs, and its report.
+"""Vanilla, prefix-only and full-method training of Inkling: a resumable queue of paired runs, and its report.
 
     python -m benchmarks.results run --seeds 5 --pictures 4096
     python -m benchmarks.results report
@@ -29,7 +29,7 @@ from rich.table import Table
 from varl.models.inkling.checkpoint import PACKAGED
 
 RECIPE = "recipes/inkling-ocr.yaml"
-PROMPTS, GROUP, CONTINUATIONS = 4, 8, 2
+PROMPTS, GROUP = 4, 8
 console = Console()
 
 
@@ -55,7 +55,8 @@ PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
     "prefix": Method("prefix-only GRPO", {"method.update": "prefix", "method.continuations": 1, **PLAIN}, ONE),
-    "full": Method("VMR + PANW + MP", {}, ONE * (3 * CONTINUATIONS + 1), 4),
+    "full": Method("full method, K = 1", {"method.continuations": 1}, ONE),
+    "full-k2": Method("full method, K = 2", {"method.continuations": 2}, ONE * (3 * 2 + 1), 4),
 }
 
 
@@ -237,7 +238,9 @@ def plot(curves: dict[str, list[Curve]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, attribute in zip(figure.subplots(1, 2, sharey=True), ("pictures", "seconds"), strict=True):
-        for color, (name, runs) in zip(("tab:gray", "tab:orange", "tab:blue"), curves.items(), strict=False):
+        for color, (name, runs) in zip(
+            ("tab:gray", "tab:orange", "tab:blue", "tab:green"), curves.items(), strict=False
+        ):
             end = min(getattr(c, attribute)[-1] for c in runs)
             x = np.linspace(0, end, 60)
             y = np.stack([np.interp(x, getattr(c, attribute), c.accuracy) for c in runs])

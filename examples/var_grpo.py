@@ -43,7 +43,7 @@ class Settings:
     """P: prompts an update."""
     group: int = 8
     """G: sequences of a prompt that are compared with one another."""
-    continuations: int = 2
+    continuations: int = 1
     """K: pictures that a prefix is valued by."""
     middle: str = "grid:6"
     """Where the prefix ends: with the grid of this side."""
@@ -272,7 +272,7 @@ def pictures(policy: Policy, prompts: Sequence[Prompt], settings: Settings) -> T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tune Inkling to write legibly: GRPO with VMR, PANW and MP.")
-    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--updates", type=int, default=140)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", help="a checkpoint of Inkling; by default the one of the package")
     parser.add_argument("--out", type=Path, default=Path("runs/var_grpo"), help="folder for what comes out")

@@ -94,12 +94,13 @@ class Probe:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         x = [s.step for s in self.steps]
-        axes.errorbar(x, [s.share for s in self.steps], [s.error for s in self.steps], marker="o", capsize=3)
-        axes.plot(x, [1 - s.tokens_left for s in self.steps], color="0.6", linestyle="--", marker="s")
-        axes.axvline(self.suggestion()[0], color="tab:green", alpha=0.5)
+        shares, errors = [s.share for s in self.steps], [s.error for s in self.steps]
+        axes.errorbar(x, shares, errors, marker="o", capsize=3, label="reward variance decided")
+        axes.plot(x, [1 - s.tokens_left for s in self.steps], "s--", color="0.6", label="tokens drawn")
+        axes.axvline(self.suggestion()[0], color="tab:green", alpha=0.5, label="suggested m")
         axes.set_xticks(x, [f"{s.side:g}" for s in self.steps])
         axes.set(xlabel="side of the last grid drawn", ylabel="share", ylim=(-0.05, 1.05))
-        axes.legend(["suggested m", "tokens drawn", "reward variance decided"])
+        axes.legend()
         figure.savefig(path, dpi=150)
 
 

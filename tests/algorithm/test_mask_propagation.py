@@ -123,13 +123,9 @@ def test_degenerate_polygons_cover_nothing_unless_dilated():
     line, point, nothing = np.array([[4, 4], [20, 20], [4, 4]]), np.array([[12.0, 12]]), np.zeros((0, 2))
     for polygon in (line, point, nothing, np.array([[1.0, 1], [9, 9]])):
         assert rasterise([polygon], (32, 32), (4, 4)).sum() == 0
-    assert cells(rasterise([point], (32, 32), (4, 4), dilation=5)) == {
-        (i, j) for i in range(3) for j in range(3)
-    }
+    assert cells(rasterise([point], (32, 32), (4, 4), dilation=5)) == {(i, j) for i in range(3) for j in range(3)}
     assert cells(rasterise([point], (32, 32), (4, 4), dilation=4)) == {(1, 1)}
-    assert cells(rasterise([line], (32, 32), (4, 4), shape="box")) == {
-        (i, j) for i in range(3) for j in range(3)
-    }
+    assert cells(rasterise([line], (32, 32), (4, 4), shape="box")) == {(i, j) for i in range(3) for j in range(3)}
 
 
 def test_dilation_grows_by_pixels_to_each_side():

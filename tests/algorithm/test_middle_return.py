@@ -34,9 +34,7 @@ def test_limits_of_eta_are_the_maximum_and_the_mean():
 def test_float32_is_stable_at_any_eta(eta):
     got = middle_return(REWARDS.float(), eta=eta)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(
-        got.double(), middle_return(REWARDS, eta=max(eta, 1e-12)), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(got.double(), middle_return(REWARDS, eta=max(eta, 1e-12)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["soft", "mean", "max", "policy", "soft-reference"])
@@ -66,9 +64,7 @@ def test_soft_reference_equals_a_plain_loop(normalised, eta):
     for i in range(2):
         weights = [math.exp(REFERENCE[i, k].item() - LOGP[i, k].item()) for k in range(3)]
         total = sum(w * math.exp(REWARDS[i, k].item() / eta) for k, w in enumerate(weights))
-        assert got[i].item() == pytest.approx(
-            eta * math.log(total / (sum(weights) if normalised else 3)), abs=1e-9
-        )
+        assert got[i].item() == pytest.approx(eta * math.log(total / (sum(weights) if normalised else 3)), abs=1e-9)
 
 
 def test_soft_reference_with_equal_log_probabilities_is_soft():
@@ -107,9 +103,7 @@ def test_failed_continuations_are_left_out_whatever_they_hold(estimator):
     options = {"estimator": estimator, "eta": 0.5}
     got = middle_return(rewards, valid=valid, logp=LOGP, reference_logp=REFERENCE, **options)
     kept = [0, 2]
-    alone = middle_return(
-        REWARDS[:1, kept], logp=LOGP[:1, kept], reference_logp=REFERENCE[:1, kept], **options
-    )
+    alone = middle_return(REWARDS[:1, kept], logp=LOGP[:1, kept], reference_logp=REFERENCE[:1, kept], **options)
     torch.testing.assert_close(got[:1], alone)
     assert got[1].isnan()
 

@@ -63,9 +63,7 @@ def test_masked_counts_equal_a_plain_loop(alpha, rescale):
 
 def test_a_full_mask_counts_the_grid_and_the_grid_ignores_the_mask():
     full = torch.ones(2, 21)
-    torch.testing.assert_close(
-        token_weights(COUNTS, mask_BL=full, count="masked"), token_weights(COUNTS).expand(2, 21)
-    )
+    torch.testing.assert_close(token_weights(COUNTS, mask_BL=full, count="masked"), token_weights(COUNTS).expand(2, 21))
     assert torch.equal(token_weights(COUNTS, mask_BL=0 * full), token_weights(COUNTS))
 
 

@@ -137,9 +137,7 @@ def test_theorem_2_joins_the_two_optima_without_factorisation(m, eta):
     tree = Tree((3, 4, 5), eta, seed=m)
     prefix_old, suffix_old, rewards = tree.split(m)
     uniform = torch.full_like(suffix_old, -math.log(suffix_old.shape[1]))
-    value = middle_return(
-        rewards, estimator="soft-reference", eta=eta, logp=uniform, reference_logp=suffix_old.log()
-    )
+    value = middle_return(rewards, estimator="soft-reference", eta=eta, logp=uniform, reference_logp=suffix_old.log())
     prefix = prefix_old * ((value - value.max()) / eta).exp()
     prefix = prefix / prefix.sum()
     suffix = suffix_old * (rewards / eta).exp()
