@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from benchmarks.results import METHODS, interval, reaching, read_curve
 
 
