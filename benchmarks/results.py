@@ -52,11 +52,12 @@ class Method:
 
 ONE = PROMPTS * GROUP
 PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
+PAPER = {"method.alpha": 0.6, "method.prefix_updates": 3, "method.suffix_updates": 1}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
     "prefix": Method("prefix-only GRPO", {"method.update": "prefix", "method.continuations": 1, **PLAIN}, ONE),
-    "full": Method("full method, K = 1", {"method.continuations": 1}, ONE),
-    "full-k2": Method("full method, K = 2", {"method.continuations": 2}, ONE * (3 * 2 + 1), 4),
+    "full": Method("full method, K = 1", {"method.continuations": 1, **PAPER}, ONE),
+    "full-k2": Method("full method, K = 2", {"method.continuations": 2, **PAPER}, ONE * (3 * 2 + 1), 4),
 }
 
 
@@ -79,6 +80,7 @@ def command(out: Path, name: str, seed: int, pictures: int, extra: list[str]) ->
         "reward": '{"name": "ocr", "engine": {"threads": 1}}',
         "evaluation.every": method.evaluate_every(512),
         "evaluation.count": 96,
+        "optimizer.learning_rate": 1e-4,
         **method.overrides,
     }
     return [sys.executable, "-m", "varl", "train", RECIPE, *(f"--{k}={v}" for k, v in settings.items()), *extra]

@@ -47,11 +47,11 @@ class Settings:
     """K: pictures that a prefix is valued by."""
     middle: str = "grid:6"
     """Where the prefix ends: with the grid of this side."""
-    prefix_updates: int = 3
+    prefix_updates: int = 6
     suffix_updates: int = 1
     eta: float = 1.0
     """Temperature of the middle return."""
-    alpha: float = 0.6
+    alpha: float = 0.2
     """Exponent of the step weights."""
     clip: float = 0.2
     beta: float = 0.01
@@ -59,7 +59,7 @@ class Settings:
     guidance: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.5e-4
     warmup_from: float = 1e-5
     warmup_updates: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
@@ -174,7 +174,7 @@ def train(
     for update in range(updates):
         begin = time.perf_counter()
 
-        # Alternate: 3 updates train the prefix (the coarse steps), 1 the suffix (the fine ones). A prefix update draws
+        # Alternate: most updates train the prefix (the coarse steps), some the suffix (the fine). A prefix update draws
         # G prefixes a prompt and K continuations of each; a suffix update draws one prefix and G continuations of it,
         # so that in both cases a group differs only in what is trained.
         prefix = update % (s.prefix_updates + s.suffix_updates) < s.prefix_updates
@@ -272,7 +272,7 @@ def pictures(policy: Policy, prompts: Sequence[Prompt], settings: Settings) -> T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tune Inkling to write legibly: GRPO with VMR, PANW and MP.")
-    parser.add_argument("--updates", type=int, default=140)
+    parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", help="a checkpoint of Inkling; by default the one of the package")
     parser.add_argument("--out", type=Path, default=Path("runs/var_grpo"), help="folder for what comes out")

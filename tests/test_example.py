@@ -76,7 +76,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_example_gives_the_librarys_numbers(example: ModuleType, tmp_path: Path, case: str) -> None:
-    settings = replace(example.Settings(prompts=3, group=4, warmup_updates=2), **CASES[case])
+    settings = replace(
+        example.Settings(prompts=3, group=4, warmup_updates=2, prefix_updates=3, continuations=2), **CASES[case]
+    )
     failures = {"raises": [1], "nans": [0, 3]} if case == "failing-rewards" else {}
     weights, updates = tiny_runs.tiny_weights(tmp_path / "tiny.safetensors"), 5
 
