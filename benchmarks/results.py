@@ -193,7 +193,10 @@ def load(data: Path) -> dict[str, list[Curve]]:
 
 
 def show(value: float, half: float, digits: int) -> str:
-    return "not reached" if not np.isfinite(value) else f"{value:.{digits}f} ± {half:.{digits}f}"
+    """A mean with its half width, where there is one."""
+    if not np.isfinite(value):
+        return "not reached"
+    return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
 def report(data: Path, figure: Path) -> None:

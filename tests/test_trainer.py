@@ -304,7 +304,7 @@ def test_bad_files_are_refused_before_work(
     assert not (tmp_path / "run").exists()
 
 
-LATE = {
+UNUSABLE = {
     "more classes than there are": (["--sampling.top_k", "33"], "top_k"),
     "an exponent that is no number": (["--method.alpha", ".nan"], "alpha"),
     "a dilation below 0": (["--method.mask.dilation", "-1"], "dilation"),
@@ -314,12 +314,11 @@ LATE = {
 }
 
 
-@pytest.mark.xfail(reason="these are found when they are used, with a traceback, or never")
-@pytest.mark.parametrize("case", LATE)
-def test_bad_settings_that_are_found_too_late(
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_settings_that_could_not_be_used_are_refused_before_work(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    words, expected = LATE[case]
+    words, expected = UNUSABLE[case]
     words = [*words, "--evaluation.source", write(tmp_path / "held.txt", "a cat\n")]
     assert expected in failed_command(capsys, *recipe_of(weights, tmp_path), *words)
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         _need(self.count > 0, f"prompts.count must be positive, got {self.count}")
+        _need(self.seed >= 0, f"prompts.seed must be 0 or more, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class MaskConfig:
     dilation: float = 0.0
     count: Count = "grid"
     kl: bool = False
+
+    def __post_init__(self) -> None:
+        _need(0 <= self.dilation < math.inf, f"method.mask.dilation must be 0 or more pixels, got {self.dilation}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ class MethodConfig:
         for name in ("prompts", "continuations", "epochs", "prefix_updates", "suffix_updates"):
             _need(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
         _need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
+        _need(math.isfinite(self.alpha), f"method.alpha must be a finite number, got {self.alpha}")
         _need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
         _need(self.beta >= 0, f"method.beta must be 0 or more, got {self.beta}")
         _need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
@@ -184,6 +190,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _need(self.learning_rate > 0, f"optimizer.learning_rate must be positive, got {self.learning_rate}")
         _need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
+        _need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,11 @@ class EvaluationConfig:
     seed: int = 0
     every: int = 0
     enabled: bool = True
+
+    def __post_init__(self) -> None:
+        _need(self.count > 0, f"evaluation.count must be positive, got {self.count}")
+        for name in ("seed", "prompt_seed", "every"):
+            _need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -238,6 +250,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("updates", "micro_batch", "save_every", "keep"):
             _need(getattr(self, name) > 0, f"run.{name} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "threads", "gallery_every", "diagnose_every"):
+            _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

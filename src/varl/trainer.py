@@ -83,6 +83,10 @@ class Trainer:
         self.policy.condition(prompts)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
+        if self.held_out:
+            self.policy.condition(self.held_out)
+        if config.sampling.top_k > self.policy.classes:
+            raise ValueError(f"sampling.top_k is {config.sampling.top_k}; there are only {self.policy.classes} classes")
         self.reward = load_reward(config.reward)
         self.reference = frozen_copy(self.policy) if config.method.needs_reference else None
         self.learner = Learner(
