@@ -65,7 +65,7 @@ class PretrainConfig:
     out: Path = Path("runs/inkling-pretrain")
     model: InklingConfig = field(default_factory=InklingConfig)
     tokenizer: StageConfig = field(default_factory=lambda: StageConfig(1000, 32, 2e-3))
-    transformer: StageConfig = field(default_factory=lambda: StageConfig(2500, 48, 1.5e-3))
+    transformer: StageConfig = field(default_factory=lambda: StageConfig(200, 48, 1.5e-3, horizon=1200))
     drop_condition: float = 0.1
     last_grid_every: int = 3
     save_every: float = 60.0
