@@ -117,8 +117,8 @@ def test_chunks_change_nothing(
         torch.testing.assert_close(getattr(whole, name), getattr(chunked, name), atol=1e-5, rtol=1e-5)
     for a, b in zip(whole_gradients, chunked_gradients, strict=True):
         assert a.isfinite().all()
+        assert a.abs().max() > 0
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert sum(float(g.abs().sum()) for g in whole_gradients) > 1
 
 
 @pytest.mark.parametrize("m", range(1, STEPS))

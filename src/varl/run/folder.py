@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,7 +70,9 @@ class RunFolder:
         machine = {"platform": platform.platform(), "python": platform.python_version()}
         machine["torch"] = str(torch.__version__)
         text = yaml.safe_dump({"varl": varl.__version__, "machine": machine, "config": config}, sort_keys=False)
-        file.write_text(text)
+        beside = file.with_suffix(".partial")
+        beside.write_text(text)
+        os.replace(beside, file)
 
     def gallery(
         self,
