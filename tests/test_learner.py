@@ -343,7 +343,7 @@ def test_the_rate_is_used() -> None:
     before = policy.head.bias.detach().clone()
     own.learn(made, stage)
     # Adam's first step has the size of the learning rate.
-    assert float((policy.head.bias - before).abs().max()) == pytest.approx(0.5e-4, rel=1e-3)
+    assert float((policy.head.bias.detach() - before).abs().max()) == pytest.approx(0.5e-4, rel=1e-3)
     assert own.rate() == pytest.approx(5.5e-4)
 
 
