@@ -8,7 +8,7 @@ from varl import Prompt
 from varl.doctor import check_policy, check_reader
 from varl.models.blocks import KeyValueCache
 from varl.models.inkling import Inkling
-from varl.models.inkling.policy import InklingState
+from varl.models.state import DrawState
 from varl.policy import Condition
 from varl.rewards import RewardOutput
 
@@ -59,7 +59,7 @@ def test_features_that_depend_on_the_batch_are_found(inkling: Inkling, prompts: 
 
 def test_a_fork_that_mixes_up_rows_is_found(inkling: Inkling, prompts: list[Prompt]) -> None:
     class Tiled(Inkling):
-        def start(self, condition: Condition, guidance: float = 0.0) -> InklingState:
+        def start(self, condition: Condition, guidance: float = 0.0) -> DrawState:
             state = super().start(condition, guidance)
             state.fork = lambda k: state.select(torch.arange(state.batch).repeat(k))  # type: ignore[method-assign]
             return state
@@ -71,8 +71,13 @@ def test_a_fork_that_forgets_a_cache_is_found(
     inkling: Inkling, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = KeyValueCache.select
-    monkeypatch.setattr(KeyValueCache, "select", lambda self, rows, filled: whole(self, rows, filled - 1))
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+
+    def forgetful(self: KeyValueCache, rows: Tensor) -> KeyValueCache:
+        chosen = whole(self, rows)
+        chosen.keys[..., chosen.filled - 1, :] = 0
+        return chosen
+
+    monkeypatch.setattr(KeyValueCache, "select", forgetful)
     assert failures(inkling, prompts[:3]) == {"continuations of a fork = replay"}
 
 

@@ -70,7 +70,8 @@ def test_selected_rows_are_copies() -> None:
     own = cache()
     with torch.no_grad():
         own.write(1, 0, k[:, :, :5], v[:, :, :5])
-        chosen = own.select(torch.tensor([2, 0, 2, 1]), 5)
+        chosen = own.select(torch.tensor([2, 0, 2, 1]))
+        assert chosen.filled == 5
         assert chosen.keys.shape == (LAYERS, 4, HEADS, TOKENS, WIDTH)
         assert torch.equal(chosen.keys[1, :, :, :5], k[[2, 0, 2, 1], :, :5])
         assert torch.equal(chosen.values[1, :, :, :5], v[[2, 0, 2, 1], :, :5])

@@ -17,11 +17,15 @@ class KeyValueCache:
     Args:
         layers, rows, heads, tokens, head_width: the shape.
         like: a tensor that gives dtype and device.
+
+    Attributes:
+        filled: positions that hold something: the end of the last write.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor) -> None:
         self.keys = like.new_empty(layers, rows, heads, tokens, head_width)
         self.values = torch.empty_like(self.keys)
+        self.filled = 0
 
     def write(self, layer: int, start: int, keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of positions from ``start`` on; return all up to their end.
@@ -34,16 +38,18 @@ class KeyValueCache:
         end = start + keys_BHLD.shape[2]
         self.keys[layer, :, :, start:end] = keys_BHLD
         self.values[layer, :, :, start:end] = values_BHLD
+        self.filled = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def select(self, rows: Tensor, filled: int) -> KeyValueCache:
-        """A new cache with the given rows; only the first ``filled`` positions are copied."""
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """A new cache with the given rows; only positions that are filled are copied."""
         chosen = object.__new__(KeyValueCache)
         layers, _, heads, tokens, width = self.keys.shape
         chosen.keys = self.keys.new_empty(layers, len(rows), heads, tokens, width)
         chosen.values = torch.empty_like(chosen.keys)
-        chosen.keys[:, :, :, :filled] = self.keys[:, rows, :, :filled]
-        chosen.values[:, :, :, :filled] = self.values[:, rows, :, :filled]
+        chosen.filled = self.filled
+        chosen.keys[:, :, :, : self.filled] = self.keys[:, rows, :, : self.filled]
+        chosen.values[:, :, :, : self.filled] = self.values[:, rows, :, : self.filled]
         return chosen
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache
 from varl.models.inkling.text import ALPHABET, CELL, PICTURE, layout, parse_prompt
 from varl.models.inkling.tokenizer import Tokenizer
 from varl.models.inkling.transformer import Transformer
 from varl.models.quantizer import resize_area
+from varl.models.state import DrawState
 from varl.policy import Condition, Prompt
 from varl.schedule import ScaleSchedule
 
@@ -52,42 +52,6 @@ class InklingConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"Inkling's width {self.width} must be a multiple of its {self.heads} heads")
-
-
-class InklingState:
-    """Partly drawn sequences: the sum of the grids so far, and the caches.
-
-    Rows of the caches are the conditional ones, then (with guidance) the unconditional ones.
-    """
-
-    def __init__(self, cells: Tensor, total: Tensor, cache: KeyValueCache, copies: int, step: int, guidance: float):
-        self.cells, self.total, self.cache = cells, total, cache
-        self.copies, self.step, self.guidance = copies, step, guidance
-        self.schedule: ScaleSchedule
-
-    @property
-    def batch(self) -> int:
-        return self.cells.shape[0] // self.copies
-
-    def fork(self, k: int) -> InklingState:
-        """Every row ``k`` times, copies adjacent."""
-        return self.select(torch.arange(self.batch).repeat_interleave(k))
-
-    def select(self, rows: Tensor | Sequence[int]) -> InklingState:
-        """The given rows, in that order."""
-        index = torch.as_tensor(rows, device=self.cells.device)
-        both = torch.cat([index + copy * self.batch for copy in range(self.copies)])
-        filled = self.schedule.offsets[self.step]
-        chosen = InklingState(
-            self.cells[both],
-            self.total[index],
-            self.cache.select(both, filled),
-            self.copies,
-            self.step,
-            self.guidance,
-        )
-        chosen.schedule = self.schedule
-        return chosen
 
 
 class Inkling(nn.Module):
@@ -150,7 +114,7 @@ class Inkling(nn.Module):
         return letters_BHW.repeat_interleave(per_side, 1).repeat_interleave(per_side, 2) * self._parts + part
 
     @torch.no_grad()
-    def start(self, condition: Condition, guidance: float = 0.0) -> InklingState:
+    def start(self, condition: Condition, guidance: float = 0.0) -> DrawState:
         """An empty sequence; ``guidance`` is that of ``Sampling``, ramped over the steps."""
         cells = condition.features["cells"]
         copies = 2 if guidance > 0 else 1
@@ -159,19 +123,17 @@ class Inkling(nn.Module):
             cells = torch.cat([cells, condition.null["cells"].expand(len(cells), -1, -1)])
         cache = self.transformer.new_cache(len(cells))
         total = torch.zeros(size, device=cells.device)
-        state = InklingState(cells, total, cache, copies, 0, guidance)
-        state.schedule = self._schedule
-        return state
+        return DrawState(self._schedule, {"cells": cells}, {"total": total}, cache, copies, guidance)
 
     @torch.no_grad()
-    def next_logits(self, state: InklingState) -> Tensor:
+    def next_logits(self, state: DrawState) -> Tensor:
         """Logits of the next grid, [batch, tokens, classes], guided as the state asks."""
         step = state.step
         inputs = []
         if step > 0:
-            now = resize_area(state.total, self._schedule.grids[step])
+            now = resize_area(state.drawn["total"], self._schedule.grids[step])
             inputs = [now.repeat(state.copies, 1, 1, 1)]
-        logits = self.logits(self.transformer(state.cells, inputs, range(step, step + 1), state.cache))
+        logits = self.logits(self.transformer(state.passes["cells"], inputs, range(step, step + 1), state.cache))
         if state.copies == 1:
             return logits
         t = state.guidance * self.guidance_ramp(self._schedule)[step]
@@ -179,12 +141,12 @@ class Inkling(nn.Module):
         return (1 + t) * conditional - t * unconditional
 
     @torch.no_grad()
-    def advance(self, state: InklingState, actions: Tensor) -> None:
+    def advance(self, state: DrawState, actions: Tensor) -> None:
         """Consume the grid that was drawn, [batch, tokens of the step]; ``next_logits`` must have been called."""
-        state.total = state.total + self.tokenizer.quantizer.contribution(actions, state.step)
+        state.drawn["total"] = state.drawn["total"] + self.tokenizer.quantizer.contribution(actions, state.step)
         state.step += 1
 
-    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: InklingState | None = None) -> Tensor:
+    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: DrawState | None = None) -> Tensor:
         """Teacher-forced features of the tokens of ``steps``: [batch, tokens, width].
 
         Args:
@@ -204,9 +166,9 @@ class Inkling(nn.Module):
             maps = self.tokenizer.quantizer.accumulate(known, steps.stop)[1] if known.shape[1] else []
         inputs = maps[max(start - 1, 0) :]
         cache = None
-        if prefix is not None:
+        if prefix is not None and prefix.cache is not None:
             rows = torch.arange(prefix.batch).repeat_interleave(len(actions) // prefix.batch)
-            cache = prefix.cache.select(rows, self._schedule.offsets[steps.start])
+            cache = prefix.cache.select(rows)
         x = self.transformer(condition.features["cells"], inputs, asked, cache)
         return x[:, self._schedule.offsets[steps.start] - self._schedule.offsets[start] :]
 

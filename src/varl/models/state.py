@@ -1,0 +1,58 @@
+"""The state of partly drawn sequences, as all families hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from varl.models.blocks import KeyValueCache
+from varl.schedule import ScaleSchedule
+
+__all__ = ["DrawState"]
+
+
+@dataclass
+class DrawState:
+    """What ``policy.start`` makes, ``next_logits`` reads and ``advance`` moves on.
+
+    With guidance every sequence has two rows in the transformer: first all conditional ones, then all unconditional.
+
+    Attributes:
+        schedule: the grids.
+        passes: tensors with a row for every row of the transformer, [copies * batch, ...]: the condition.
+        drawn: tensors with a row for every sequence, [batch, ...]: what was drawn so far, as features.
+        cache: keys and values, [copies * batch] rows; None for a family whose scales share none.
+        copies: 2 with guidance, 1 without.
+        guidance: as in ``varl.Sampling``.
+        step: the next step to draw.
+    """
+
+    schedule: ScaleSchedule
+    passes: dict[str, Tensor]
+    drawn: dict[str, Tensor]
+    cache: KeyValueCache | None
+    copies: int = 1
+    guidance: float = 0.0
+    step: int = 0
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.drawn.values())).shape[0]
+
+    def fork(self, k: int) -> DrawState:
+        """Every row ``k`` times, copies adjacent."""
+        return self.select(torch.arange(self.batch).repeat_interleave(k))
+
+    def select(self, rows: Tensor | Sequence[int]) -> DrawState:
+        """The given rows, in that order (repeats allowed); the original stays usable."""
+        index = torch.as_tensor(rows, device=next(iter(self.drawn.values())).device)
+        both = torch.cat([index + copy * self.batch for copy in range(self.copies)])
+        return replace(
+            self,
+            passes={name: value[both] for name, value in self.passes.items()},
+            drawn={name: value[index] for name, value in self.drawn.items()},
+            cache=None if self.cache is None else self.cache.select(both),
+        )
