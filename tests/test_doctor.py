@@ -15,7 +15,7 @@ from varl.rewards import RewardOutput
 
 def failures(policy: Inkling, prompts: list[Prompt]) -> set[str]:
     checks = list(check_policy(policy, prompts))
-    assert len(checks) == len(policy.default_schedule) + 4
+    assert len(checks) == len(policy.default_schedule) + 5
     assert all(c.name and c.found for c in checks)
     return {c.name for c in checks if not c.fine}
 
@@ -65,6 +65,14 @@ def test_a_fork_that_mixes_up_rows_is_found(inkling: Inkling, prompts: list[Prom
             return state
 
     assert failures(sabotage(inkling, Tiled), prompts[:3]) == {"continuations of a fork = replay"}
+
+
+def test_a_guidance_that_cannot_be_replayed_is_found(inkling: Inkling, prompts: list[Prompt]) -> None:
+    class Stronger(Inkling):
+        def start(self, condition: Condition, guidance: float = 0.0) -> DrawState:
+            return super().start(condition, 1.1 * guidance)
+
+    assert failures(sabotage(inkling, Stronger), prompts[:3]) == {"guided, truncated rollout = replay"}
 
 
 def test_a_fork_that_forgets_a_cache_is_found(

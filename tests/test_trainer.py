@@ -332,6 +332,9 @@ def test_bad_recipes_are_refused(weights: Path, tmp_path: Path, capsys: pytest.C
     wrong = write(tmp_path / "wrong.yaml", out + "optimizer: {learning_rate: fast}\n")
     assert "learning_rate" in failed_command(capsys, "train", wrong)
     assert "trian" in failed_command(capsys, "trian")
+    assert "at least 2 prompts, got 1" in failed_command(capsys, "probe", "--count", "1")
+    (tmp_path / "one.txt").write_text("the words 'KEBA' at the top\n")
+    assert "at least 2 prompts, got 1" in failed_command(capsys, "doctor", "--source", str(tmp_path / "one.txt"))
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from varl.config import PolicyConfig, TrainConfig
-from varl.doctor import check_policy, check_reader
+from varl.doctor import check_policy, check_prompts, check_reader
 from varl.errors import checking
 from varl.evaluation.held_out import comparison_table
 from varl.evaluation.held_out import evaluate as evaluate_policy
@@ -21,6 +21,7 @@ from varl.models.inkling.checkpoint import save as save_inkling
 from varl.models.inkling.pretrain import PretrainConfig
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
 from varl.policy import Policy, Prompt
+from varl.probe import check_counts
 from varl.probe import probe as probe_policy
 from varl.prompts import quoted_words, resolve_prompts
 from varl.rewards import load_reward
@@ -231,6 +232,7 @@ def probe(config: ProbeConfig) -> None:
     """
     with checking():
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
+        check_counts(len(prompts), config.prefixes, config.continuations)
         reward, policy = load_reward(config.reward), _load(config.policy, config.device)
         policy.condition(prompts)
         config.out.mkdir(parents=True, exist_ok=True)
@@ -275,6 +277,7 @@ def doctor(config: DoctorConfig) -> int:
     """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
     with checking():
         prompts = resolve_prompts(config.source, count=4)[:4]
+        check_prompts(prompts)
         reward, policy = load_reward(config.reward), _load(config.policy, config.device)
         policy.condition(prompts)
     failed = 0

@@ -152,7 +152,7 @@ class MethodConfig:
         _need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
         _need(math.isfinite(self.alpha), f"method.alpha must be a finite number, got {self.alpha}")
         _need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
-        _need(self.beta >= 0, f"method.beta must be 0 or more, got {self.beta}")
+        _need(0 <= self.beta < math.inf, f"method.beta must be 0 or more, and finite, got {self.beta}")
         _need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
         _need(
             self.continuations_by == "policy" or self.value not in ("soft-reference", "policy"),
@@ -188,7 +188,13 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _need(self.learning_rate > 0, f"optimizer.learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "suffix_scale"):
+            value = getattr(self, name)
+            _need(0 < value < math.inf, f"optimizer.{name} must be positive and finite, got {value}")
+        for name in ("warmup_from", "weight_decay"):
+            value = getattr(self, name)
+            _need(0 <= value < math.inf, f"optimizer.{name} must be 0 or more, and finite, got {value}")
+        _need(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}")
         _need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
         _need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from varl.policy import Policy, Prompt
+from varl.policy import Condition, Policy, Prompt
 from varl.rewards import Reward
 from varl.rollout import rollout, row_generators
+from varl.sampling import Sampling
 from varl.scoring import log_probs
 
-__all__ = ["Check", "check_policy", "check_reader"]
+__all__ = ["Check", "check_policy", "check_prompts", "check_reader"]
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,38 @@ class Check:
     found: str
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that are too few for the checks.
+
+    Raises:
+        ValueError: if there are fewer than two: one cannot show that rows do not depend on one another.
+    """
+    if len(prompts) < 2:
+        raise ValueError(f"the checks need at least 2 prompts, got {len(prompts)}")
+
+
+def _fork_difference(policy: Policy, condition: Condition, m: int) -> float:
+    """How far log-probabilities of continuations that branch at step ``m`` are from teacher-forced ones."""
+    rows = condition.batch
+    head = rollout(policy, condition, None, row_generators((1, m), rows), until=m, keep_state=True, logp=True)
+    forked = rollout(policy, condition, None, row_generators((2, m), 2 * rows), start=head, fork=2, logp=True)
+    assert forked.logp is not None
+    with torch.no_grad():
+        return float((forked.logp - log_probs(policy, forked.condition, forked.actions).logp).abs().max())
+
+
 def check_policy(policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1e-4) -> Iterator[Check]:
-    """Check what policy gradients rest on, on sequences drawn from the policy's own distribution.
+    """Check what policy gradients rest on, on sequences drawn from the policy's own distribution
+    and, once, from a guided and truncated one.
 
     Args:
         prompts: at least two.
         tolerance: largest difference of log-probabilities, in nats, that rounding may explain.
 
     Raises:
-        ValueError: if there are fewer than two prompts: one cannot show that rows do not depend on one another.
+        ValueError: if there are fewer than two prompts.
     """
-    if len(prompts) < 2:
-        raise ValueError(f"the checks need at least 2 prompts, got {len(prompts)}")
+    check_prompts(prompts)
     condition = policy.condition(prompts)
     schedule = condition.schedule
     drawn = rollout(policy, condition, None, row_generators((0,), len(prompts)), logp=True)
@@ -60,14 +81,16 @@ def check_policy(policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1
     off = float((one - plain).abs().max())
     yield Check("a row does not depend on its batch", off < tolerance, f"largest difference {off:.1e}")
 
-    head = rollout(policy, condition, None, row_generators((1,), len(prompts)), until=1, keep_state=True, logp=True)
-    rows = row_generators((2,), 2 * len(prompts))
-    forked = rollout(policy, condition, None, rows, start=head, fork=2, logp=True)
-    assert forked.logp is not None
+    off = max(_fork_difference(policy, condition, m) for m in range(1, len(schedule)))
+    yield Check("continuations of a fork = replay", off < tolerance, f"largest difference {off:.1e}, over every step")
+
+    guided = Sampling(guidance=1.5, top_k=min(100, policy.classes))
+    drawn_guided = rollout(policy, condition, guided, row_generators((3,), len(prompts)), logp=True)
+    assert drawn_guided.logp is not None
     with torch.no_grad():
-        replayed = log_probs(policy, forked.condition, forked.actions).logp
-    off = float((forked.logp - replayed).abs().max())
-    yield Check("continuations of a fork = replay", off < tolerance, f"largest difference {off:.1e}")
+        replayed = log_probs(policy, condition, drawn_guided.actions, guidance=guided).logp
+    off = float((drawn_guided.logp - replayed).abs().max())
+    yield Check("guided, truncated rollout = replay", off < 10 * tolerance, f"largest difference {off:.1e}")
 
     again = rollout(policy, condition, None, row_generators((0,), len(prompts)))
     same = bool((again.actions == drawn.actions).all())

@@ -18,7 +18,7 @@ from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
-__all__ = ["Probe", "StepReport", "decided_share", "probe"]
+__all__ = ["Probe", "StepReport", "check_counts", "decided_share", "probe"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,17 @@ class Probe:
         figure.savefig(path, dpi=150)
 
 
+def check_counts(prompts: int, prefixes: int, continuations: int) -> None:
+    """Refuse a probe whose variances could not be estimated.
+
+    Raises:
+        ValueError: if there are fewer than 2 prompts, prefixes or continuations.
+    """
+    for name, count in (("prompts", prompts), ("prefixes", prefixes), ("continuations", continuations)):
+        if count < 2:
+            raise ValueError(f"a probe needs at least 2 {name}, got {count}")
+
+
 def decided_share(scores_PNK: Tensor) -> tuple[float, float]:
     """The share of the within-prompt variance of a reward that lies between prefixes, and its standard error.
 
@@ -117,8 +128,7 @@ def decided_share(scores_PNK: Tensor) -> tuple[float, float]:
         ValueError: if there are fewer than 2 prompts, prefixes or continuations.
     """
     prompts, prefixes, k = scores_PNK.shape
-    if min(prompts, prefixes, k) < 2:
-        raise ValueError(f"a probe needs 2 prompts, prefixes and continuations at least, got {(prompts, prefixes, k)}")
+    check_counts(prompts, prefixes, k)
     scores = scores_PNK.double()
     means = scores.mean(2)
     within_P = (scores - means[:, :, None]).square().sum((1, 2)) / (prefixes * (k - 1))
@@ -153,7 +163,7 @@ def probe(
     Raises:
         ValueError: if there are fewer than two prompts, prefixes or continuations, or a step keeps fewer prompts.
     """
-    decided_share(torch.zeros(len(prompts), prefixes, continuations))  # says before work that there are too few
+    check_counts(len(prompts), prefixes, continuations)
     condition = policy.condition(prompts)
     schedule = condition.schedule
     sequence = rollout(policy, condition, sampling, row_generators((seed, 0), len(prompts)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from varl.models.inkling.policy import Inkling, InklingConfig
+from varl.models.weights import load_strict
 
 __all__ = ["PACKAGED", "load", "save"]
 
@@ -56,6 +57,10 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
 
 
 def _shape(config: Mapping[str, Any], source: str) -> InklingConfig:
+    known = [field.name for field in fields(InklingConfig)]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        raise ValueError(f"{source} has {unknown[0]!r}, no setting of an Inkling; there are {', '.join(known)}")
     try:
         return InklingConfig(**config)
     except TypeError as error:
@@ -64,16 +69,5 @@ def _shape(config: Mapping[str, Any], source: str) -> InklingConfig:
 
 def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
     policy = Inkling(_shape(config, f"the configuration of {source}"))
-    expected = policy.state_dict()
-    problems = [f"lacks {key}" for key in expected.keys() - tensors.keys()]
-    problems += [f"has {key}, which this shape does not" for key in tensors.keys() - expected.keys()]
-    problems += [
-        f"{key} is {list(tensors[key].shape)}, this shape needs {list(expected[key].shape)}"
-        for key in expected.keys() & tensors.keys()
-        if tensors[key].shape != expected[key].shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"weights of {source} do not fit: {'; '.join(sorted(problems)[:3])}{more}")
-    policy.load_state_dict({key: value.float() for key, value in tensors.items()})
+    load_strict(policy, tensors, source)
     return policy.eval()
