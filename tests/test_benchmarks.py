@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.results import METHODS, interval, reaching, read_curve
+from benchmarks.curves import Curve, interval, level_at, load, reaching, read_curve
+from benchmarks.results import METHODS
 
 
 def test_budgets_are_equal_in_pictures():
@@ -26,11 +27,19 @@ def test_reaching_interpolates_the_first_crossing(level: float, expected: float)
     assert reaching(np.array([0.0, 10, 20, 30]), np.array([0.4, 0.5, 0.6, 0.7]), level) == pytest.approx(expected)
 
 
-def test_curve_counts_training_seconds_only(tmp_path: Path):
-    lines = [{"update": u, "seconds": {"rollout": 1.0, "reward": 0.5 * u}} for u in (1, 2, 3)]
+def test_the_level_is_the_mean_of_the_last_three_within_the_budget():
+    x, accuracy = np.array([0.0, 10, 20, 30, 40]), np.array([0.1, 0.2, 0.3, 0.7, 0.9])
+    assert level_at(x, accuracy, 30.0) == pytest.approx(0.4)
+    assert level_at(x, accuracy, 39.0) == pytest.approx(0.4)
+    assert level_at(x, accuracy, 40.0) == pytest.approx(1.9 / 3)
+
+
+def test_a_curve_counts_updates_by_kind(tmp_path: Path):
+    kinds = ["prefix", "prefix", "suffix", "prefix"]
+    lines = [{"update": u, "kind": kind} for u, kind in enumerate(kinds, 1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "evaluations").mkdir()
-    for update, accuracy in ((0, 0.3), (2, 0.5), (3, 0.6)):
+    for update, accuracy in ((0, 0.3), (2, 0.5), (4, 0.6)):
         record = {
             "update": update,
             "training_pictures": 32 * update,
@@ -38,6 +47,23 @@ def test_curve_counts_training_seconds_only(tmp_path: Path):
         }
         (tmp_path / "evaluations" / f"update-{update:06d}.json").write_text(json.dumps(record))
     curve = read_curve(tmp_path)
-    assert curve.pictures.tolist() == [0, 64, 96]
-    assert curve.seconds.tolist() == [0.0, 3.5, 6.0]
+    assert curve.pictures.tolist() == [0, 64, 128]
+    assert curve.updates == [{}, {"prefix": 2}, {"prefix": 3, "suffix": 1}]
+    assert curve.seconds({"prefix": 1.5, "suffix": 4.0}).tolist() == [0.0, 3.0, 8.5]
     assert curve.accuracy.tolist() == [0.3, 0.5, 0.6]
+
+
+def kept(data: Path, name: str, seed: int, base: str = "b") -> None:
+    run = {"pictures": [0, 32], "updates": [{}, {"full": 1}], "accuracy": [0.1, 0.2], "budget": 32, "base": base}
+    (data / f"{name}-{seed}.json").write_text(json.dumps(run))
+
+
+def test_only_seeds_that_every_method_has_are_compared(tmp_path: Path):
+    for name, seed in (("a", 0), ("a", 1), ("a", 2), ("b", 2), ("b", 0)):
+        kept(tmp_path, name, seed)
+    curves = load(tmp_path, ["a", "b", "not run"])
+    assert {name: len(runs) for name, runs in curves.items()} == {"a": 2, "b": 2}
+    assert isinstance(curves["a"][0], Curve)
+    kept(tmp_path, "b", 1, base="another")
+    with pytest.raises(SystemExit, match="differ in base or budget"):
+        load(tmp_path, ["a", "b"])
