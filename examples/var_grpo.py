@@ -47,11 +47,11 @@ class Settings:
     """K: pictures that a prefix is valued by."""
     middle: str = "grid:6"
     """Where the prefix ends: with the grid of this side."""
-    prefix_updates: int = 6
+    prefix_updates: int = 9
     suffix_updates: int = 1
     eta: float = 1.0
     """Temperature of the middle return."""
-    alpha: float = 0.2
+    alpha: float = 0.3
     """Exponent of the step weights."""
     clip: float = 0.2
     beta: float = 0.01
@@ -59,7 +59,7 @@ class Settings:
     guidance: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 2e-4
     warmup_from: float = 1e-5
     warmup_updates: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
