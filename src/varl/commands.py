@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +16,6 @@ from varl.doctor import check_policy, check_prompts, check_reader
 from varl.errors import checking
 from varl.evaluation.held_out import comparison_table
 from varl.evaluation.held_out import evaluate as evaluate_policy
-from varl.models import load_policy
 from varl.models.inkling.checkpoint import save as save_inkling
 from varl.models.inkling.pretrain import PretrainConfig
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
@@ -28,7 +27,8 @@ from varl.rewards import load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.gallery import save_pictures
 from varl.sampling import Sampling
-from varl.trainer import Trainer, choose_device
+from varl.schedule import ScaleSchedule
+from varl.trainer import Trainer, autocast, choose_device, prepare
 
 __all__ = ["doctor", "evaluate", "generate", "pretrain", "probe", "train"]
 
@@ -104,10 +104,11 @@ class GenerateConfig:
     device: str = "auto"
 
 
-def _load(config: PolicyConfig, device: str) -> Policy:
-    policy = load_policy(config.family, config.config, config.weights)
-    cast(torch.nn.Module, policy).to(choose_device(device)).eval()
-    return policy
+def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, torch.autocast]:
+    """A policy for use, not training: its schedule, and the precision it computes in."""
+    chosen = choose_device(device)
+    policy = prepare(config, chosen)
+    return policy, policy.schedules(config.resolution, config.aspect_ratio), autocast(config, chosen)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -117,12 +118,14 @@ def generate(config: GenerateConfig) -> None:
             config.source, count=config.count
         )
         prompts = prompts[: max(config.count, len(config.prompt))]
-        policy = _load(config.policy, config.device)
-        condition = policy.condition(prompts)
+        policy, schedule, precision = _load(config.policy, config.device)
+        condition = policy.condition(prompts, schedule)
         if not config.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"there is no folder {config.out.resolve().parent} to write {config.out.name} into")
-    drawn = rollout(policy, condition, config.sampling, row_generators((config.seed,), len(prompts)))
-    save_pictures(config.out, prompts, policy.decode(drawn.actions).cpu())
+    with precision:
+        drawn = rollout(policy, condition, config.sampling, row_generators((config.seed,), len(prompts)))
+        pictures = policy.decode(drawn.actions, schedule).float().cpu()
+    save_pictures(config.out, prompts, pictures)
     console.print(f"{len(prompts)} pictures: {config.out}")
 
 
@@ -157,8 +160,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """Score a policy on held-out prompts: word accuracy, NED and reward, each with a 95% interval."""
     with checking():
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
-        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts)
+        reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts, schedule)
     with _progress() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
         result = evaluate_policy(
@@ -168,6 +171,8 @@ def evaluate(config: EvaluateConfig) -> None:
             reward,
             seed=config.seed,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            schedule=schedule,
+            precision=precision,
         )
     console.print(result.table())
     if config.out is not None:
@@ -233,10 +238,10 @@ def probe(config: ProbeConfig) -> None:
     with checking():
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
         check_counts(len(prompts), config.prefixes, config.continuations)
-        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts)
+        reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts, schedule)
         config.out.mkdir(parents=True, exist_ok=True)
-    with _progress() as bar:
+    with _progress() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
         result = probe_policy(
             policy,
@@ -246,6 +251,7 @@ def probe(config: ProbeConfig) -> None:
             prefixes=config.prefixes,
             continuations=config.continuations,
             seed=config.seed,
+            schedule=schedule,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(result.table())
@@ -278,10 +284,10 @@ def doctor(config: DoctorConfig) -> int:
     with checking():
         prompts = resolve_prompts(config.source, count=4)[:4]
         check_prompts(prompts)
-        reward, policy = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts)
+        reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
+        policy.condition(prompts, schedule)
     failed = 0
-    for check in [*check_policy(policy, prompts), check_reader(reward)]:
+    for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
         mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"
         console.print(f"{mark} {check.name}: {check.found}")
         failed += not check.fine

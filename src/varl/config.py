@@ -12,6 +12,7 @@ from varl.sampling import Sampling
 from varl.schedule import MiddleStep
 
 __all__ = [
+    "AdapterConfig",
     "EvaluationConfig",
     "MaskConfig",
     "MethodConfig",
@@ -29,18 +30,48 @@ def _need(fine: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: small matrices beside frozen weights are trained instead of the weights.
+
+    Attributes:
+        rank: of the matrices; 0 trains the weights themselves.
+        alpha: the change is scaled by alpha / rank.
+        targets: names of the linear layers that get adapters; by default those that matter, by family.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _need(self.rank >= 0, f"policy.lora.rank must be 0 (off) or more, got {self.rank}")
+        _need(0 < self.alpha < math.inf, f"policy.lora.alpha must be positive and finite, got {self.alpha}")
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
-    """Which model.
+    """Which model, and how it computes.
 
     Attributes:
         family: a model family; ``inkling`` is embedded.
-        weights: path of a checkpoint; by default the one that comes with the package.
-        config: the family's own settings, for other shapes.
+        weights: path of a checkpoint, or a mapping of part name to path; by default the one that comes with the
+            package.
+        config: the family's own settings, for example its published ``size``.
+        resolution: which of the family's resolutions, as the family names them; by default its default.
+        aspect_ratio: height over width, where the family has several.
+        precision: ``float32``, or ``bfloat16``: compute in bf16 where that is safe, with fp32 weights.
+        checkpointing: keep only the inputs of the blocks for the backward pass, and compute the rest again.
+        lora: train adapters instead of the weights.
     """
 
     family: str = "inkling"
-    weights: str | None = None
+    weights: str | dict[str, str] | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    resolution: int | str | None = None
+    aspect_ratio: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from varl.policy import Condition, Policy, Prompt
 from varl.rewards import Reward
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
+from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
 __all__ = ["Check", "check_policy", "check_prompts", "check_reader"]
@@ -46,19 +47,22 @@ def _fork_difference(policy: Policy, condition: Condition, m: int) -> float:
         return float((forked.logp - log_probs(policy, forked.condition, forked.actions).logp).abs().max())
 
 
-def check_policy(policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1e-4) -> Iterator[Check]:
+def check_policy(
+    policy: Policy, prompts: Sequence[Prompt], tolerance: float = 1e-4, schedule: ScaleSchedule | None = None
+) -> Iterator[Check]:
     """Check what policy gradients rest on, on sequences drawn from the policy's own distribution
     and, once, from a guided and truncated one.
 
     Args:
         prompts: at least two.
         tolerance: largest difference of log-probabilities, in nats, that rounding may explain.
+        schedule: the grids; by default the policy's default.
 
     Raises:
         ValueError: if there are fewer than two prompts.
     """
     check_prompts(prompts)
-    condition = policy.condition(prompts)
+    condition = policy.condition(prompts, schedule)
     schedule = condition.schedule
     drawn = rollout(policy, condition, None, row_generators((0,), len(prompts)), logp=True)
     assert drawn.logp is not None

@@ -94,17 +94,20 @@ class Policy(Protocol):
     [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens, *event,
     classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps only
     (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
-    ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes.
+    ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes; where it has an
+    attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass. ``lora_targets``
+    names the linear layers (ends of their full names) on which adapters matter.
     """
 
     family: str
     classes: int
     event: tuple[int, ...]
+    lora_targets: tuple[str, ...]
 
     @property
     def default_schedule(self) -> ScaleSchedule: ...
 
-    def schedules(self, resolution: int | None = None, aspect_ratio: float | None = None) -> ScaleSchedule: ...
+    def schedules(self, resolution: int | str | None = None, aspect_ratio: float | None = None) -> ScaleSchedule: ...
 
     def guidance_ramp(self, schedule: ScaleSchedule) -> list[float]: ...
 

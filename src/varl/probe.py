@@ -153,6 +153,7 @@ def probe(
     prefixes: int = 4,
     continuations: int = 4,
     seed: int = 0,
+    schedule: ScaleSchedule | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probe:
     """Measure, for every step, how much of the reward its state has decided.
@@ -164,7 +165,7 @@ def probe(
         ValueError: if there are fewer than two prompts, prefixes or continuations, or a step keeps fewer prompts.
     """
     check_counts(len(prompts), prefixes, continuations)
-    condition = policy.condition(prompts)
+    condition = policy.condition(prompts, schedule)
     schedule = condition.schedule
     sequence = rollout(policy, condition, sampling, row_generators((seed, 0), len(prompts)))
     entropy = log_probs(policy, condition, sequence.actions, entropy=True).entropy
@@ -176,7 +177,7 @@ def probe(
         rows = row_generators((seed, m, 1), heads.batch * continuations)
         whole = rollout(policy, heads, sampling, rows, start=start, fork=continuations)
         shown = [prompt for prompt in prompts for _ in range(prefixes * continuations)]
-        output = reward(policy.decode(whole.actions).float().cpu(), shown)
+        output = reward(policy.decode(whole.actions, schedule).float().cpu(), shown)
         failed += int(output.failed.sum())
         scores = output.score.view(len(prompts), prefixes, continuations)
         kept = ~output.failed.view(len(prompts), -1).any(1)

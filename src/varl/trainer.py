@@ -7,14 +7,15 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varl import updates
-from varl.config import TrainConfig
+from varl.adapters import WithoutAdapters, adapter_state, add_adapters, load_adapter_state, merged, save_adapters
+from varl.config import PolicyConfig, TrainConfig
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.models import load_policy
@@ -23,7 +24,7 @@ from varl.prompts import PromptStream, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
 from varl.run.folder import RunFolder
 
-__all__ = ["Trainer", "frozen_copy"]
+__all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,30 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def prepare(config: PolicyConfig, device: torch.device) -> Policy:
+    """Load a policy as a run uses it: on its device, only what is trained with gradients, adapters if asked for.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
+    """
+    policy = load_policy(config.family, config.config, config.weights)
+    cast(nn.Module, policy).to(device).eval().requires_grad_(False)
+    if config.lora.rank:
+        add_adapters(policy, config.lora)
+    else:
+        policy.trainable.requires_grad_(True)
+    if config.checkpointing:
+        if not hasattr(policy.trainable, "checkpointing"):
+            raise ValueError(f"policy.checkpointing is not there for {config.family}")
+        policy.trainable.checkpointing = True  # type: ignore[assignment]
+    return policy
+
+
+def autocast(config: PolicyConfig, device: torch.device) -> torch.autocast:
+    """The precision a policy computes in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
 class Trainer:
     """One training run: built from a configuration, checked, resumable.
 
@@ -66,13 +91,8 @@ class Trainer:
         if run.threads:
             torch.set_num_threads(run.threads)
         self.device = choose_device(run.device)
-        self.policy = load_policy(config.policy.family, config.policy.config, config.policy.weights)
-        cast(nn.Module, self.policy).to(self.device).eval()
-        for parameter in cast(nn.Module, self.policy).parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.policy.trainable.parameters():
-            parameter.requires_grad_(True)
-        self.schedule = self.policy.default_schedule
+        self.policy = prepare(config.policy, self.device)
+        self.schedule = self.policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
         for kind in ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,):
             updates.plan(kind, config.method, self.schedule)
 
@@ -80,15 +100,18 @@ class Trainer:
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
             raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
-        self.policy.condition(prompts)
+        self.policy.condition(prompts, self.schedule)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
         if self.held_out:
-            self.policy.condition(self.held_out)
+            self.policy.condition(self.held_out, self.schedule)
         if config.sampling.top_k > self.policy.classes:
             raise ValueError(f"sampling.top_k is {config.sampling.top_k}; there are only {self.policy.classes} classes")
         self.reward = load_reward(config.reward)
-        self.reference = frozen_copy(self.policy) if config.method.needs_reference else None
+        self.lora = config.policy.lora.rank > 0
+        self.reference: Policy | None = None
+        if config.method.needs_reference:
+            self.reference = cast(Policy, WithoutAdapters(self.policy)) if self.lora else frozen_copy(self.policy)
         self.learner = Learner(
             self.policy, self.reference, config.method, config.optimizer, config.sampling, run.micro_batch
         )
@@ -106,6 +129,10 @@ class Trainer:
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - start
 
+    def precision(self) -> torch.autocast:
+        """Where the policy computes: in bf16 if the configuration says so, with the weights in fp32."""
+        return autocast(self.config.policy, self.device)
+
     def step(self) -> dict[str, Any]:
         """One update; returns its record for the log."""
         method, self.seconds = self.config.method, defaultdict(float)
@@ -114,8 +141,8 @@ class Trainer:
         shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
 
         with self.stage("condition"):
-            condition = self.policy.condition(prompts)
-        with self.stage("rollout"):
+            condition = self.policy.condition(prompts, self.schedule)
+        with self.stage("rollout"), self.precision():
             drawn = updates.draw(
                 self.policy,
                 condition,
@@ -124,11 +151,11 @@ class Trainer:
                 (self.config.run.seed, self.update),
                 self.reference if method.continuations_by == "reference" else None,
             )
-        with self.stage("decode"):
+        with self.stage("decode"), self.precision():
             images = self._decode(drawn.whole.actions)
         with self.stage("reward"):
             output = self.reward(images, shown)
-        with self.stage("return"):
+        with self.stage("return"), self.precision():
             value_PG, valid_PG = updates.returns(
                 output, drawn, plan, method, self.policy, self.reference, self.config.run.micro_batch
             )
@@ -144,7 +171,8 @@ class Trainer:
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
         )
         record = self._record(plan, output, value_PG, advantages)
-        record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
+        with self.precision():
+            record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
         self.update += 1
         self.pictures += len(images)
         record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
@@ -170,13 +198,22 @@ class Trainer:
                 self.evaluate()
             if last or self.update % self.config.run.save_every == 0:
                 self.save()
-        self.folder.finish(self.policy)
+        if self.lora:
+            save_adapters(self.policy, self.config.policy.lora, self.folder.path / "adapters.safetensors")
+        with merged(self.policy) if self.lora else nullcontext():
+            self.folder.finish(self.policy)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
         result = evaluate(
-            self.policy, self.held_out, self.config.sampling, self.reward, seed=self.config.evaluation.seed
+            self.policy,
+            self.held_out,
+            self.config.sampling,
+            self.reward,
+            seed=self.config.evaluation.seed,
+            schedule=self.schedule,
+            precision=self.precision(),
         )
         self.folder.evaluation(self.update, self.pictures, result)
         return result
@@ -186,12 +223,12 @@ class Trainer:
         state = {
             "update": self.update,
             "pictures": self.pictures,
-            "policy": self.policy.trainable.state_dict(),
+            "policy": adapter_state(self.policy) if self.lora else self.policy.trainable.state_dict(),
             "learner": self.learner.state_dict(),
             "prompts": self.stream.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
-        if self.reference is not None:
+        if self.reference is not None and not self.lora:
             state["reference"] = self.reference.trainable.state_dict()
         self.folder.checkpoints.save(self.update, state)
 
@@ -201,11 +238,14 @@ class Trainer:
             self.folder.metrics.truncate_after(0)
             return
         self.update, self.pictures = state["update"], state["pictures"]
-        self.policy.trainable.load_state_dict(state["policy"])
+        if self.lora:
+            load_adapter_state(self.policy, state["policy"])
+        else:
+            self.policy.trainable.load_state_dict(state["policy"])
         self.learner.load_state_dict(state["learner"])
         self.stream.load_state_dict(state["prompts"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        if self.reference is not None:
+        if self.reference is not None and not self.lora:
             self.reference.trainable.load_state_dict(state["reference"])
         self.folder.metrics.truncate_after(self.update)
         logger.info("going on from update %d", self.update)
@@ -215,7 +255,7 @@ class Trainer:
 
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(max(self.config.run.micro_batch, 1))
-        return torch.cat([self.policy.decode(part).float().cpu() for part in parts])
+        return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
 
     def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:
         fine = ~output.failed

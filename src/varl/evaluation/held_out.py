@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from varl.rewards.base import Reward
 from varl.rewards.ocr import word_hits, word_neds
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
+from varl.schedule import ScaleSchedule
 
 __all__ = ["Estimate", "Evaluation", "comparison_table", "evaluate", "paired_difference"]
 
@@ -155,6 +157,8 @@ def evaluate(
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
     samples_per_prompt: int = 1,
+    schedule: ScaleSchedule | None = None,
+    precision: AbstractContextManager[Any] | None = None,
 ) -> Evaluation:
     """Draw pictures for prompts, score them, and average with 95% intervals.
 
@@ -171,6 +175,8 @@ def evaluate(
         batch: pictures drawn at once.
         progress: called with (pictures done, pictures in all) after every batch.
         samples_per_prompt: S, pictures for every prompt.
+        schedule: the grids; by default the policy's default.
+        precision: the policy draws and decodes inside it, for example ``torch.autocast``.
 
     Raises:
         ValueError: if there is no prompt, or a number is less than 1.
@@ -194,8 +200,9 @@ def evaluate(
             rows = range(first, min(first + batch, total))
             shown = [prompts[row // s] for row in rows]
             generators = [row_generators((seed, row // s), s)[row % s] for row in rows]
-            drawn = rollout(policy, policy.condition(shown), sampling, generators)
-            images.append(policy.decode(drawn.actions, drawn.condition.schedule).float().cpu())
+            with precision or nullcontext():
+                drawn = rollout(policy, policy.condition(shown, schedule), sampling, generators)
+                images.append(policy.decode(drawn.actions, drawn.condition.schedule).float().cpu())
             output = reward(images[-1], shown)
             rewards.append(output.score.masked_fill(output.failed, torch.nan).float().cpu().numpy())
             texts = None if texts is None or output.texts is None else texts + output.texts

@@ -59,6 +59,7 @@ class Inkling(nn.Module):
 
     family = "inkling"
     event: tuple[int, ...] = ()
+    lora_targets = ("qkv", "out", "up", "down")
 
     def __init__(self, config: InklingConfig | None = None) -> None:
         super().__init__()
@@ -81,13 +82,13 @@ class Inkling(nn.Module):
         """The part that reinforcement learning tunes; the tokenizer stays frozen."""
         return self.transformer
 
-    def schedules(self, resolution: int | None = None, aspect_ratio: float | None = None) -> ScaleSchedule:
+    def schedules(self, resolution: int | str | None = None, aspect_ratio: float | None = None) -> ScaleSchedule:
         """Inkling's only schedule.
 
         Raises:
             ValueError: if another resolution or aspect ratio is asked for.
         """
-        if resolution not in (None, PICTURE) or aspect_ratio not in (None, 1.0):
+        if resolution not in (None, PICTURE, str(PICTURE)) or aspect_ratio not in (None, 1.0):
             raise ValueError(f"Inkling draws {PICTURE}x{PICTURE} pictures only, not {resolution} at {aspect_ratio}")
         return self._schedule
 

@@ -1,0 +1,178 @@
+"""LoRA adapters beside the model (Hu et al., arXiv 2106.09685), through peft.
+
+With adapters the policy's own weights stay frozen, so the same weights with the adapters switched off are the reference
+policy: no second copy of the model is held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from varl.config import AdapterConfig
+from varl.models.weights import load_strict
+from varl.policy import Policy
+
+__all__ = [
+    "WithoutAdapters",
+    "adapter_state",
+    "adapters_off",
+    "add_adapters",
+    "load_adapter_state",
+    "load_adapters",
+    "merged",
+    "save_adapters",
+]
+
+
+def add_adapters(policy: Policy, config: AdapterConfig) -> None:
+    """Put adapters on a policy's linear layers and freeze everything else; they change nothing until trained.
+
+    Args:
+        config: rank, alpha, and the names of layers (ends of their full names); by default those the family names.
+
+    Raises:
+        ImportError: if peft is missing.
+        ValueError: if no layer has one of the names.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'varl[lora]'") from error
+    targets = list(config.targets or policy.lora_targets)
+    linear = [name for name, module in policy.trainable.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(known)}")
+    for parameter in policy.trainable.parameters():
+        parameter.requires_grad_(False)
+    lora = LoraConfig(r=config.rank, lora_alpha=cast(int, config.alpha), target_modules=targets, lora_dropout=0.0)
+    inject_adapter_in_model(lora, policy.trainable)
+    for _, layer in _layers(policy):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+
+
+def _layers(policy: Policy) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in policy.trainable.named_modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def adapters_off(policy: Policy) -> Iterator[None]:
+    """The policy as it was before its adapters were trained."""
+    layers = [layer for _, layer in _layers(policy)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class WithoutAdapters:
+    """A policy with its adapters off, as a policy of its own over the same weights: the reference."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._policy, name)
+        if not callable(value) or isinstance(value, nn.Module):
+            return value
+
+        @wraps(value)
+        def off(*arguments: Any, **options: Any) -> Any:
+            with adapters_off(self._policy):
+                return value(*arguments, **options)
+
+        return off
+
+
+def adapter_state(policy: Policy) -> dict[str, Tensor]:
+    """The adapters' weights alone."""
+    return {key: value for key, value in policy.trainable.state_dict().items() if ".lora_" in key}
+
+
+def load_adapter_state(policy: Policy, state: dict[str, Tensor], source: str = "the checkpoint") -> None:
+    """Load what ``adapter_state`` gave.
+
+    Raises:
+        ValueError: if keys or shapes are not those of the policy's adapters.
+    """
+    load_strict(_AdapterWeights(policy), state, source)
+
+
+class _AdapterWeights(nn.Module):
+    """The adapters' weights as a module, so that they load as strictly as any."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self._state = adapter_state(policy)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        return self._state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        for key, value in state_dict.items():
+            self._state[key].copy_(value)
+
+
+def save_adapters(policy: Policy, config: AdapterConfig, path: Path) -> None:
+    """Write the adapters as a safetensors file that says their family, rank, alpha and targets."""
+    targets = list(config.targets or policy.lora_targets)
+    about = {"rank": config.rank, "alpha": config.alpha, "targets": targets}
+    metadata = {"family": policy.family, "lora": json.dumps(about)}
+    tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_state(policy).items()}
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_adapters(policy: Policy, path: Path) -> None:
+    """Put the adapters of a file on a policy.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no adapters of this family and shape.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapters at {path}")
+    with safe_open(path, framework="pt") as file:
+        about, keys = file.metadata() or {}, list(file.keys())
+        state = {key: file.get_tensor(key) for key in keys}
+    if about.get("family") != policy.family or "lora" not in about:
+        raise ValueError(f"{path} holds no adapters of {policy.family} but of {about.get('family', 'no family')}")
+    saved = json.loads(about["lora"])
+    add_adapters(policy, AdapterConfig(saved["rank"], saved["alpha"], tuple(saved["targets"])))
+    load_adapter_state(policy, state, str(path))
+
+
+@contextmanager
+@torch.no_grad()
+def merged(policy: Policy) -> Iterator[None]:
+    """The policy as a plain model whose weights hold the adapters' change, to be saved; afterwards all is as before."""
+    kept: list[tuple[nn.Module, str, Any, Tensor]] = []
+    for name, layer in _layers(policy):
+        parent, _, child = name.rpartition(".")
+        weight = cast(Tensor, layer.base_layer.weight)
+        kept.append((policy.trainable.get_submodule(parent), child, layer, weight.detach().clone()))
+        weight.add_(layer.get_delta_weight("default").to(weight.dtype))
+    for parent_module, child, layer, _ in kept:
+        setattr(parent_module, child, layer.base_layer)
+    try:
+        yield
+    finally:
+        for parent_module, child, layer, weight in kept:
+            layer.base_layer.weight.copy_(weight)
+            setattr(parent_module, child, layer)
