@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varl.policy import Condition
@@ -140,9 +141,7 @@ def make_condition(
     longest = max(len(text) for text in [*texts, *(negative or [])])
 
     def padded(rows: Sequence[Tensor], dropped: bool) -> dict[str, Tensor]:
-        text = torch.zeros(len(rows), longest, channels, device=device)
-        for out, row in zip(text, rows, strict=True):
-            out[: len(row)] = row
+        text = torch.stack([F.pad(row.to(device).float(), (0, 0, 0, longest - len(row))) for row in rows])
         length = torch.tensor([len(row) for row in rows], device=device)
         return {"text": text, "length": length, "dropped": torch.full((len(rows),), dropped, device=device)}
 

@@ -58,6 +58,8 @@ class TransformerConfig:
             raise ValueError(f"depth {self.depth} must be a multiple of block_chunks {self.block_chunks}")
         if self.text_channels % self.pool_width or self.embed_dim % self.text_pool_heads:
             raise ValueError(f"text_channels {self.text_channels} gives no whole heads for embed_dim {self.embed_dim}")
+        if self.ffn_hidden < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} times embed_dim {self.embed_dim} rounds to no 256 channels")
         if self.head_depth not in (1, 2):
             raise ValueError(f"head_depth must be 1 or 2, got {self.head_depth}")
         if self.rope2d_normalized_by_hw not in (0, 1, 2):
