@@ -137,10 +137,10 @@ def make_policy(seed: int = 0, **changes: Any) -> Infinity:
         with torch.no_grad():
             for name, parameter in policy.transformer.named_parameters():
                 if "scale_mul" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.15)
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
             for layer in policy.transformer.head.modules():
                 if isinstance(layer, torch.nn.Linear):
-                    layer.weight.mul_(3)
+                    layer.weight.mul_(1.5)
     return policy
 
 
