@@ -1,4 +1,4 @@
-"""Infinity's transformer once more: one row, a mask, float64, from a state dict. For options without vectors."""
+"""Infinity's networks once more, in float64 and plainly from their state dicts: for what no vectors at hand cover."""
 
 from __future__ import annotations
 
@@ -118,3 +118,43 @@ def reference_logits(policy: Infinity, text_TE: Tensor, maps_ND: Tensor, schedul
     else:
         x = linear(x, "head")
     return x.unflatten(-1, (-1, 2))
+
+
+def reference_autoencoder(policy: Infinity, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, bits, h, w] of pictures in [-1, 1], and the pictures that they decode to."""
+    config, module = policy.config.tokenizer, policy.tokenizer
+    assert module is not None
+    w = {key: value.double() for key, value in module.state_dict().items()}
+
+    def conv(x: Tensor, name: str, **options: int) -> Tensor:
+        return F.conv2d(x, w[f"{name}.conv.weight"], w[f"{name}.conv.bias"], **options)
+
+    def act(x: Tensor, name: str) -> Tensor:
+        groups = 32 if x.shape[1] % 32 == 0 else 24
+        x = F.group_norm(x, groups, w[f"{name}.norm.weight"], w[f"{name}.norm.bias"], eps=1e-6)
+        return x * x.sigmoid()
+
+    def residual(x: Tensor, name: str) -> Tensor:
+        h = conv(act(x, f"{name}.norm1"), f"{name}.conv1", padding=1)
+        h = conv(act(h, f"{name}.norm2"), f"{name}.conv2", padding=1)
+        return h + (conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.conv.weight" in w else x)
+
+    def middle(x: Tensor, name: str) -> Tensor:
+        return residual(residual(x, f"{name}.mid.block_1"), f"{name}.mid.block_2")
+
+    x, levels = conv(images.double(), "encoder.conv_in", padding=1), len(config.ch_mult)
+    for i in range(levels):
+        for j in range(config.num_res_blocks):
+            x = residual(x, f"encoder.down.{i}.block.{j}")
+        if 2**i < config.patch_size:
+            x = conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{i}.downsample.conv", stride=2)
+    features = conv(act(middle(x, "encoder"), "encoder.norm_out"), "encoder.conv_out", padding=1)
+    x = middle(conv(features, "decoder.conv_in", padding=1), "decoder")
+    for i in reversed(range(levels)):
+        for j in range(config.num_res_blocks + 1):
+            x = residual(x, f"decoder.up.{i}.block.{j}")
+        if i >= 1 and 2 ** (i - 1) < config.patch_size:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = conv(x, f"decoder.up.{i}.upsample.conv", padding=1)
+    picture = conv(act(x, "decoder.norm_out"), "decoder.conv_out", padding=1)
+    return features, picture.clamp(-1, 1)

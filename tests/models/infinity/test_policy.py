@@ -213,16 +213,15 @@ def test_generation_with_guidance_inside_the_blocks(policy: Infinity, condition:
 
 
 def test_guidance_inside_the_blocks_makes_both_halves_alike(policy: Infinity, condition: Condition) -> None:
-    state = policy.start(condition, 1.0)
-    found = policy.guided_logits(state, 3.0, 1.0, (-2,))
-    assert state.cache is not None
-    last, before = state.cache.keys[-1, :, :, 0], state.cache.keys[-2, :, :, 0]
-    conditional = policy.start(condition.select([0, 1, 2]), 0.0)
-    policy.next_logits(conditional)
-    assert conditional.cache is not None
-    assert difference(before[:3], conditional.cache.keys[-2, :, :, 0]) < 1e-6
-    assert difference(last[:3], conditional.cache.keys[-1, :, :, 0]) > 1e-2
-    assert found.shape == (3, 1, 4, 2)
+    seen: list[torch.Tensor] = []
+    hook = policy.transformer.layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mixed = policy.guided_logits(policy.start(condition, 1.0), 3.0, 1.0, (-2,))
+    policy.guided_logits(policy.start(condition, 1.0), 3.0, 1.0)
+    hook.remove()
+    conditional, unconditional = seen[1].chunk(2)
+    assert difference(seen[0], (3 * conditional - 2 * unconditional).repeat(2, 1, 1)) < 1e-5
+    assert difference(conditional, unconditional) > 0.01
+    assert mixed.shape == (3, 1, 4, 2)
 
 
 def test_in_bfloat16(policy: Infinity, condition: Condition) -> None:
