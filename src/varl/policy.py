@@ -45,8 +45,8 @@ class Condition:
 
     Attributes:
         schedule: the grids that will be drawn.
-        features: tensors the family needs, each with the batch first; ``null`` holds their unconditional twin, with
-            a batch of 1, for guidance.
+        features: tensors the family needs, each with the batch first.
+        null: their unconditional twin, for guidance: with a batch of 1, or with a row for every row of ``features``.
     """
 
     schedule: ScaleSchedule
@@ -60,11 +60,18 @@ class Condition:
     def select(self, rows: Tensor | Sequence[int]) -> Condition:
         """The given rows, in that order (repeats allowed)."""
         index = torch.as_tensor(rows, device=next(iter(self.features.values())).device)
-        return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, self.null)
+        null = {k: v[index] for k, v in self.null.items()} if self._own_null else self.null
+        return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, null)
 
     def repeat(self, k: int) -> Condition:
         """Every row ``k`` times, copies adjacent."""
-        return Condition(self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, self.null)
+        null = {key: v.repeat_interleave(k, 0) for key, v in self.null.items()} if self._own_null else self.null
+        return Condition(self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, null)
+
+    @property
+    def _own_null(self) -> bool:
+        """Whether every row has an unconditional twin of its own."""
+        return self.batch > 1 and all(len(v) == self.batch for v in self.null.values())
 
 
 @runtime_checkable

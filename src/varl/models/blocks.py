@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale"]
+__all__ = ["KeyValueCache", "attend_by_scale", "run_block"]
 
 
 class KeyValueCache:
@@ -76,3 +78,10 @@ def attend_by_scale(
         out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], scale=scale))
         start += count
     return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+def run_block(block: nn.Module, checkpointing: bool, *args: Any) -> Tensor:
+    """Call a block; with ``checkpointing``, while gradients are recorded, recompute it in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
