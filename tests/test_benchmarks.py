@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from benchmarks.curves import Curve, interval, level_at, load, reaching, read_curve
+from benchmarks.noise import signal_share
 from benchmarks.results import METHODS
 
 
@@ -67,3 +69,15 @@ def test_only_seeds_that_every_method_has_are_compared(tmp_path: Path):
     kept(tmp_path, "b", 1, base="another")
     with pytest.raises(SystemExit, match="differ in base or budget"):
         load(tmp_path, ["a", "b"])
+
+
+def test_the_share_of_signal_is_found():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(50, generator=generator, dtype=torch.double)
+    noise = 3 * torch.randn(4000, 50, generator=generator, dtype=torch.double)
+    g = mean + noise
+    true = float(mean.square().sum() / (mean.square().sum() + 9 * 50))
+    share, error = signal_share(g @ g.T)
+    assert share == pytest.approx(true, abs=0.01)
+    assert 0 < error < 0.01
+    assert abs(signal_share(noise @ noise.T)[0]) < 0.001
