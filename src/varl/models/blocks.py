@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale"]
+__all__ = ["KeyValueCache", "attend_by_scale", "run_block"]
+
+
+def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
+    """Run a block; with checkpointing, while gradients are recorded, keep only its inputs and run it again backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
 
 
 class KeyValueCache:
