@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale", "run_block"]
+__all__ = ["KeyValueCache", "attend_by_scale", "attend_within_scale", "run_block"]
 
 
 def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
@@ -85,3 +85,9 @@ def attend_by_scale(
         out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], scale=scale))
         start += count
     return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+def attend_within_scale(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Attention in which a token sees its own grid only; queries and keys are whole grids of ``counts`` tokens."""
+    grids = zip(*(x.split(list(counts), 2) for x in (q_BHLD, k_BHLD, v_BHLD)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in grids], 2)
