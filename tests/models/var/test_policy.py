@@ -271,3 +271,10 @@ def test_generate_returns_pictures_only(policy: Var, condition: Condition) -> No
     assert plain.shape == smooth.shape == (3, 3, 64, 64)
     assert torch.equal(plain, again)
     assert not torch.allclose(plain, smooth, atol=1e-3)
+
+
+def test_soft_codes_are_made_of_truncated_logits(policy: Var, condition: Condition) -> None:
+    sampling = Sampling(top_k=1)
+    greedy = policy.decode(varl.rollout(policy, condition, sampling).actions)
+    smooth = policy.generate(condition, sampling, torch.Generator().manual_seed(0), more_smooth=True)
+    torch.testing.assert_close(smooth, greedy, atol=1e-4, rtol=0)
