@@ -95,6 +95,7 @@ def test_checkpointing_gives_the_same_numbers_with_fewer_saved_tensors(weights: 
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             trainer.policy.hidden(condition, actions, range(len(condition.schedule))).sum()
+        torch.manual_seed(0)
         found[checkpointing] = (saved, trainer.step())
     assert found[True][0] < 0.5 * found[False][0]
     plain, again = ({k: v for k, v in record.items() if k != "seconds"} for _, record in found.values())

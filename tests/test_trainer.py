@@ -262,7 +262,7 @@ REFUSED = {
     "a missing prompt file": (["--prompts.source", "nowhere.txt"], "no prompt file nowhere.txt"),
     "missing weights": (["--policy.weights", "nowhere.safetensors"], "no Inkling weights at nowhere.safetensors"),
     "weights of another shape": (["--policy.config", '{"width": 64}'], "do not fit"),
-    "an unknown family": (["--policy.family", "dall-e"], "no model family 'dall-e'; there are inkling"),
+    "an unknown family": (["--policy.family", "dall-e"], "no model family 'dall-e'; there are "),
     "an unknown setting of the family": (["--policy.config", '{"wdth": 64}'], "wdth"),
     "an unknown key": (["--method.grop", "3"], "method.grop"),
     "a wrong type": (["--method.group", "many"], "method.group"),

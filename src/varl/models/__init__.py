@@ -14,6 +14,8 @@ __all__ = ["FAMILIES", "load_policy", "save_policy"]
 FAMILIES = {
     "inkling": "varl.models.inkling",
     "infinity": "varl.models.infinity",
+    "switti": "varl.models.switti",
+    "var": "varl.models.var",
 }
 """Family name -> the module whose ``load(config, weights)`` builds a policy; imported when first used."""
 

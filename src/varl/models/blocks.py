@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale", "run_block"]
+__all__ = ["KeyValueCache", "attend_by_scale", "attend_within_scale", "run_block"]
+
+
+def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
+    """Run a block; with checkpointing, while gradients are recorded, keep only its inputs and run it again backward."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
 
 
 class KeyValueCache:
@@ -80,8 +87,7 @@ def attend_by_scale(
     return torch.cat(out, 2) if len(out) > 1 else out[0]
 
 
-def run_block(block: nn.Module, checkpointing: bool, *args: Any) -> Tensor:
-    """Call a block; with ``checkpointing``, while gradients are recorded, recompute it in the backward pass."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
+def attend_within_scale(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Attention in which a token sees its own grid only; queries and keys are whole grids of ``counts`` tokens."""
+    grids = zip(*(x.split(list(counts), 2) for x in (q_BHLD, k_BHLD, v_BHLD)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(q, k, v) for q, k, v in grids], 2)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from varl.schedule import ScaleSchedule
 
-__all__ = ["MultiScaleQuantizer", "resize_area", "resize_up"]
+__all__ = ["MultiScaleQuantizer", "Phi", "ResidualQuantizer", "resize_area", "resize_up"]
 
 
 def resize_area(x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,25 +32,30 @@ class Phi(nn.Conv2d):
         return h * (1 - self.ratio) + super().forward(h) * self.ratio
 
 
-class MultiScaleQuantizer(nn.Module):
+class ResidualQuantizer(nn.Module):
     """One codebook for all scales; a picture's features are the sum of the enlarged, smoothed grids of codes.
+
+    How an enlarged grid is smoothed is for subclasses to say, in ``smooth``.
 
     Args:
         codes: codebook size V.
         width: channels C of a code.
         schedule: the grids; every method takes maps of the final grid's size.
-        ratio: r of ``Phi``.
         enlarge: how grids are enlarged, a mode of ``torch.nn.functional.interpolate``.
+        cosine: choose the code of the largest cosine rather than the nearest one.
     """
 
     def __init__(
-        self, codes: int, width: int, schedule: ScaleSchedule, ratio: float = 0.5, enlarge: str = "bicubic"
+        self, codes: int, width: int, schedule: ScaleSchedule, enlarge: str = "bicubic", cosine: bool = False
     ) -> None:
         super().__init__()
-        self.enlarge = enlarge
+        self.enlarge, self.cosine = enlarge, cosine
         self.schedule = schedule
         self.embedding = nn.Embedding(codes, width)
-        self.phi = nn.ModuleList(Phi(width, ratio) for _ in schedule.grids)
+
+    def smooth(self, h_BCHW: Tensor, step: int) -> Tensor:
+        """What becomes of the enlarged grid of ``step``, [B, C, H_T, W_T]."""
+        raise NotImplementedError
 
     @property
     def final_grid(self) -> tuple[int, int]:
@@ -60,12 +65,18 @@ class MultiScaleQuantizer(nn.Module):
         """Index of the nearest code for every cell: [B, H * W]."""
         z = z_BCHW.flatten(2).transpose(1, 2)
         table = self.embedding.weight
+        if self.cosine:
+            return (F.normalize(z, dim=-1) @ F.normalize(table, dim=-1).T).argmax(-1)
         return (table.square().sum(1) - 2 * z @ table.T).argmin(-1)
 
     def contribution(self, actions_BN: Tensor, step: int) -> Tensor:
         """What the codes of one step add to the features: [B, C, H_T, W_T]."""
-        codes = self.embedding(actions_BN).transpose(1, 2).unflatten(2, self.schedule.grids[step])
-        return self.phi[step](resize_up(codes, self.final_grid, self.enlarge))
+        return self.contribution_of(self.embedding(actions_BN), step)
+
+    def contribution_of(self, codes_BNC: Tensor, step: int) -> Tensor:
+        """What code vectors, mixtures of the codebook's or not, add to the features: [B, C, H_T, W_T]."""
+        grid = codes_BNC.transpose(1, 2).unflatten(2, self.schedule.grids[step])
+        return self.smooth(resize_up(grid, self.final_grid, self.enlarge), step)
 
     def encode(self, features_BCHW: Tensor) -> Tensor:
         """Greedy residual quantization of features of the final grid's size: actions [B, L]."""
@@ -76,6 +87,10 @@ class MultiScaleQuantizer(nn.Module):
             actions.append(index)
         return torch.cat(actions, 1)
 
+    def empty(self, batch: int) -> Tensor:
+        """The sum of no contributions, [B, C, H_T, W_T]."""
+        return self.embedding.weight.new_zeros(batch, self.embedding.embedding_dim, *self.final_grid)
+
     def features(self, actions_BL: Tensor) -> Tensor:
         """Sum of the contributions of the steps that ``actions`` covers (all, or the first ones): [B, C, H_T, W_T]."""
         return self.accumulate(actions_BL)[0]
@@ -85,8 +100,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Input map i (i >= 1) is the sum of the first i contributions, averaged down to grid i; [B, C, h_i, w_i].
         """
-        batch = actions_BL.shape[0]
-        total = actions_BL.new_zeros((batch, self.embedding.embedding_dim, *self.final_grid), dtype=torch.float32)
+        total = self.empty(len(actions_BL))
         inputs: list[Tensor] = []
         for step in range(self.covered(actions_BL.shape[1])):
             total = total + self.contribution(actions_BL[:, self.schedule.tokens_of(step)], step)
@@ -103,3 +117,21 @@ class MultiScaleQuantizer(nn.Module):
         if tokens not in self.schedule.offsets[1:]:
             raise ValueError(f"{tokens} tokens end inside a step; steps end at {self.schedule.offsets[1:]}")
         return self.schedule.offsets.index(tokens)
+
+
+class MultiScaleQuantizer(ResidualQuantizer):
+    """A quantizer with a ``Phi`` for every step.
+
+    Args:
+        codes, width, schedule, enlarge: as in ``ResidualQuantizer``.
+        ratio: r of ``Phi``.
+    """
+
+    def __init__(
+        self, codes: int, width: int, schedule: ScaleSchedule, ratio: float = 0.5, enlarge: str = "bicubic"
+    ) -> None:
+        super().__init__(codes, width, schedule, enlarge)
+        self.phi = nn.ModuleList(Phi(width, ratio) for _ in schedule.grids)
+
+    def smooth(self, h_BCHW: Tensor, step: int) -> Tensor:
+        return self.phi[step](h_BCHW)

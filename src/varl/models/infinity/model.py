@@ -290,6 +290,6 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             if layer == 0 or (layer % chunk == 0 and not self.config.add_lvl_embeding_only_first_block):
                 x = x + levels
-            x = run_block(block, self.checkpointing, x, condition, *rest, layer, start)
+            x = run_block(self.checkpointing, block, x, condition, *rest, layer, start)
             x = x if after is None else after(layer, x)
         return self.head_nm(x, pooled)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale
+from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
 from varl.schedule import ScaleSchedule
 
 __all__ = ["Transformer"]
@@ -57,6 +57,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule, self.width, self.heads = schedule, width, heads
+        self.checkpointing = False
         self.first = nn.Parameter(torch.zeros(width))
         self.cell = nn.Embedding(cells, width)
         self.enter = nn.Linear(code_width, width)
@@ -109,5 +110,5 @@ class Transformer(nn.Module):
             x = torch.cat([x[:, : x.shape[1] - maps.shape[1]], x[:, -maps.shape[1] :] + self.enter(maps)], 1)
         counts, start = [self.schedule.counts[s] for s in steps], self.schedule.offsets[steps.start]
         for layer, block in enumerate(self.blocks):
-            x = block(x, counts, cache, layer, start)
+            x = run_block(self.checkpointing, block, x, counts, cache, layer, start)
         return self.norm(x)

@@ -1,0 +1,71 @@
+"""Families of several parts, each with its own checkpoint: which sources are given, and writing them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from varl.models.weights import Source, describe, part_sources, read_tensors
+
+__all__ = ["find_parts", "read_part", "save_parts"]
+
+
+def find_parts(weights: Any, parts: Sequence[str], needed: Sequence[str], family: str) -> dict[str, Source]:
+    """The source of every part, all of ``needed`` among them.
+
+    A folder with a file (``transformer.safetensors``) or folder of a part's name stands for all parts it holds, as
+    ``save_parts`` writes it.
+
+    Raises:
+        ValueError: if nothing is given, a part is none of the family's, or one that is needed is missing.
+    """
+    wanted = ", ".join(needed)
+    if weights is None:
+        raise ValueError(f'{family} needs weights: a local path for each of {wanted}, or "random"')
+    if isinstance(weights, str | Path) and Path(weights).is_dir():
+        found = {path.stem: path for path in sorted(Path(weights).iterdir()) if path.stem in parts}
+        weights = found or weights
+    sources = part_sources(weights, parts, family)
+    missing = [part for part in needed if sources.get(part) is None]
+    if missing:
+        raise ValueError(f"{family} needs weights for {wanted}; there are none for {', '.join(missing)}")
+    return sources
+
+
+def read_part(source: Source, nested: Sequence[Sequence[str]] = ()) -> tuple[dict[str, Tensor], str]:
+    """A part's tensors, which no one else holds, and how messages name their source. See ``read_tensors``."""
+    tensors = read_tensors(source, nested)
+    if isinstance(source, Mapping):
+        tensors = {key: value.detach().clone() for key, value in tensors.items()}
+    return tensors, describe(source)
+
+
+def save_parts(parts: Mapping[str, nn.Module], path: Path) -> None:
+    """Write parts under their checkpoints' keys, floating tensors in fp32.
+
+    Args:
+        parts: first the one that is tuned.
+        path: a ``.safetensors`` or ``.pth`` file, which then holds the first part alone; or a folder (no suffix), which
+            gets one safetensors file a part.
+
+    Raises:
+        ValueError: if the path ends otherwise.
+    """
+    if path.suffix not in (".safetensors", ".pth", ""):
+        raise ValueError(f"weights are written to .safetensors or .pth files or to a folder, not to {path}")
+    if not path.suffix:
+        for name, module in parts.items():
+            save_parts({name: module}, path / f"{name}.safetensors")
+        return
+    state = next(iter(parts.values())).state_dict()
+    tensors = {k: (v.detach().float() if v.is_floating_point() else v).cpu().contiguous() for k, v in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
