@@ -11,7 +11,10 @@ from varl.policy import Policy
 
 __all__ = ["FAMILIES", "load_policy", "save_policy"]
 
-FAMILIES = {"inkling": "varl.models.inkling"}
+FAMILIES = {
+    "inkling": "varl.models.inkling",
+    "tokenflow": "varl.models.tokenflow",
+}
 """Family name -> the module whose ``load(config, weights)`` builds a policy; imported when first used."""
 
 Weights = str | Path | Mapping[str, Any] | None

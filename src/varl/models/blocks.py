@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale"]
+__all__ = ["KeyValueCache", "attend_by_scale", "run_block"]
 
 
 class KeyValueCache:
@@ -59,11 +61,15 @@ def attend_by_scale(
     v_BHKD: Tensor,
     counts: Sequence[int],
     scale: float | None = None,
+    mask_B11K: Tensor | None = None,
 ) -> Tensor:
     """Attention in which a token sees its own grid and all coarser ones.
 
     The queries are whole grids of ``counts`` tokens; the keys end with the queries' own positions and may begin with
-    more (a cached prefix). One unmasked call a grid: exact, and no work on pairs that a mask would discard.
+    more (a cached prefix). One call a grid: exact, and no work on pairs that a mask would discard.
+
+    Args:
+        mask_B11K: what ``scaled_dot_product_attention`` takes, for keys that no query may see (padding of a prompt).
 
     Returns:
         [B, H, L, D].
@@ -73,6 +79,14 @@ def attend_by_scale(
     for count in counts:
         end += count
         q = q_BHLD[:, :, start : start + count]
-        out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], scale=scale))
+        mask = None if mask_B11K is None else mask_B11K[..., :end]
+        out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], mask, scale=scale))
         start += count
     return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+def run_block(block: nn.Module, checkpointing: bool, *args: Any) -> Tensor:
+    """Call a block; with ``checkpointing``, while gradients are recorded, recompute it in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
