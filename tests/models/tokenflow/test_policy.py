@@ -213,6 +213,16 @@ def test_nothing_of_padding_leaks(dtype: torch.dtype, rounding: bool) -> None:
     assert not torch.equal(policy.hidden(condition, actions, STEPS), before)
 
 
+def test_every_row_sees_some_key(policy: TokenFlow) -> None:
+    """Rows of [PAD] themselves: kernels differ in what they make of a row that sees none, NaN among it."""
+    layout = policy.transformer._layout(PROMPTS, STEPS, torch.zeros(3, 36, 32))
+    assert layout.text_mask is not None
+    assert layout.text_mask.shape == (3, 1, 7, 7)
+    assert layout.text_mask.any(-1).all()
+    assert layout.text_mask[0, 0].tolist()[4] == [False, False, False, True, True, False, False]
+    assert layout.keys[0].flatten().tolist() == [False] * 3 + [True] * 33
+
+
 def test_bf16_is_near_fp32(policy: TokenFlow, condition: Condition) -> None:
     low = copy.deepcopy(policy)
     low.trainable.to(torch.bfloat16)

@@ -60,7 +60,7 @@ class PromptReader:
                 from transformers import AutoTokenizer
             except ImportError as error:
                 raise ImportError(
-                    "TokenFlow reads prompts with transformers, sentencepiece and protobuf: pip install 'varl[tokenflow]'"
+                    "TokenFlow reads prompts with transformers, which is not installed: pip install 'varl[tokenflow]'"
                 ) from error
             if not self.path.is_dir():
                 raise FileNotFoundError(f"no folder of a text tokenizer at {self.path}")
