@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varl.models.blocks import KeyValueCache, attend_by_scale
+from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
 
 COUNTS = [1, 4, 6]
 STEP = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
@@ -82,3 +82,29 @@ def test_selected_rows_are_copies() -> None:
 def test_attention_of_one_grid_is_plain() -> None:
     q, k, v = qkv()
     assert torch.equal(attend_by_scale(q, k, v, [TOKENS]), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_keys_that_nobody_may_see(first: int) -> None:
+    q, k, v = qkv()
+    start = sum(COUNTS[:first])
+    seen = torch.rand(ROWS, 1, 1, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
+    seen[..., 0] = True
+    found = attend_by_scale(q[:, :, start:], k, v, COUNTS[first:], mask_B11K=seen)
+    visible = (STEP[None, :] <= STEP[:, None]) & seen
+    scores = (q @ k.transpose(2, 3) * WIDTH**-0.5).masked_fill(~visible, -torch.inf)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ v)[:, :, start:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_block_is_run_again_only_where_gradients_are_recorded(checkpointing: bool) -> None:
+    runs: list[int] = []
+    block = torch.nn.Linear(3, 3)
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    x = torch.ones(2, 3, requires_grad=True)
+    run_block(checkpointing, block, x).square().sum().backward()
+    assert len(runs) == 1 + checkpointing
+    assert block.weight.grad is not None
+    with torch.no_grad():
+        run_block(checkpointing, block, x)
+    assert len(runs) == 2 + checkpointing

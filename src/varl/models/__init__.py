@@ -16,6 +16,7 @@ FAMILIES = {
     "infinity": "varl.models.infinity",
     "switti": "varl.models.switti",
     "var": "varl.models.var",
+    "tokenflow": "varl.models.tokenflow",
 }
 """Family name -> the module whose ``load(config, weights)`` builds a policy; imported when first used."""
 

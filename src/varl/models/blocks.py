@@ -68,11 +68,15 @@ def attend_by_scale(
     v_BHKD: Tensor,
     counts: Sequence[int],
     scale: float | None = None,
+    mask_B11K: Tensor | None = None,
 ) -> Tensor:
     """Attention in which a token sees its own grid and all coarser ones.
 
     The queries are whole grids of ``counts`` tokens; the keys end with the queries' own positions and may begin with
-    more (a cached prefix). One unmasked call a grid: exact, and no work on pairs that a mask would discard.
+    more (a cached prefix). One call a grid: exact, and no work on pairs that a mask would discard.
+
+    Args:
+        mask_B11K: what ``scaled_dot_product_attention`` takes, for keys that no query may see (padding of a prompt).
 
     Returns:
         [B, H, L, D].
@@ -82,7 +86,8 @@ def attend_by_scale(
     for count in counts:
         end += count
         q = q_BHLD[:, :, start : start + count]
-        out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], scale=scale))
+        mask = None if mask_B11K is None else mask_B11K[..., :end]
+        out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], mask, scale=scale))
         start += count
     return torch.cat(out, 2) if len(out) > 1 else out[0]
 

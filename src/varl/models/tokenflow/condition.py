@@ -1,0 +1,73 @@
+"""Prompts as the language model reads them: pieces of Llama's tokenizer, padded on the left, and those of ``<img>``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from varl.models.tokenflow.config import TransformerConfig
+
+__all__ = ["PromptReader", "prompt_row"]
+
+OPEN = "<img>"
+
+
+def prompt_row(pieces: Sequence[int], opening: Sequence[int], config: TransformerConfig) -> list[int]:
+    """Ids of one prompt: ``max_text_token_num`` positions, and the pieces of ``<img>``.
+
+    Args:
+        pieces: ids of the text, <s> first; those beyond ``max_text_token_num`` are cut off.
+        opening: ids of ``<img>``; the last one predicts the first code.
+    """
+    kept = list(pieces)[: config.max_text_token_num]
+    return [config.pad_token_id] * (config.max_text_token_num - len(kept)) + kept + list(opening)
+
+
+class PromptReader:
+    """Llama's tokenizer from a local folder, read when the first prompt comes; every distinct prompt is read once.
+
+    Args:
+        path: the folder, such as that of the published language model.
+        config: says how long prompts are, and what pads them.
+    """
+
+    def __init__(self, path: str | Path, config: TransformerConfig) -> None:
+        self.path, self.config = Path(path), config
+        self._tokenizer: Any = None
+        self._rows: dict[str, list[int]] = {}
+
+    def row(self, text: str) -> list[int]:
+        """Ids of a prompt; see ``prompt_row``.
+
+        Raises:
+            ImportError: if transformers is not installed.
+            FileNotFoundError: if there is no such folder.
+            ValueError: if it holds no tokenizer.
+        """
+        if text not in self._rows:
+            tokenizer = self._load()
+            opening = self.config.img_open_ids
+            if opening is None:
+                # Not a special token: pieces of ordinary text, as upstream's training had them.
+                opening = tuple(tokenizer(OPEN, add_special_tokens=False).input_ids)
+            self._rows[text] = prompt_row(tokenizer(text).input_ids, opening, self.config)
+        return self._rows[text]
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            try:
+                from transformers import AutoTokenizer
+            except ImportError as error:
+                raise ImportError(
+                    "TokenFlow reads prompts with transformers, which is not installed: pip install 'varl[tokenflow]'"
+                ) from error
+            if not self.path.is_dir():
+                raise FileNotFoundError(f"no folder of a text tokenizer at {self.path}")
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(self.path), use_fast=False, local_files_only=True, trust_remote_code=False
+                )
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"{self.path} holds no text tokenizer that transformers can read: {error}") from error
+        return self._tokenizer

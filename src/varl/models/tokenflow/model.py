@@ -1,0 +1,273 @@
+"""TokenFlow-T2I's language model: a Llama with post-norms that draws grid by grid (arXiv 2412.03069).
+
+A sequence is the prompt, P positions padded on the left, and the grids' tokens. The prompt's last position is at the
+same time the only token of step 0: what it predicts is the first code. So P - 1 positions of text are followed by the
+L tokens of the schedule, and the token i of the schedule sits at position P - 1 + i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
+from varl.models.tokenflow.config import TransformerConfig
+from varl.schedule import ScaleSchedule
+
+__all__ = ["Transformer"]
+
+QK_EPS = 1e-6
+INIT_STD = 0.02
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in fp32, the learned weight in the model's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of one pass sit, and what they see.
+
+    Attributes:
+        start: position of the first row.
+        text: rows of the prompt, the first of the pass; 0 if the cache holds the prompt.
+        counts: tokens of the grids that follow, without step 0's if the prompt is in the pass.
+        text_mask: bool [B, 1, text, text].
+        keys: bool [B, 1, 1, positions], False for [PAD].
+        cos, sin: rotary tables of the rows, [rows, head width].
+    """
+
+    start: int
+    text: int
+    counts: list[int]
+    text_mask: Tensor | None
+    keys: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys, over the width of a head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm, self.key_norm = RMSNorm(width, QK_EPS), RMSNorm(width, QK_EPS)
+
+    def forward(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q).to(dtype), self.key_norm(k).to(dtype)
+
+
+def _rotate(x: Tensor, layout: Layout) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * layout.cos + torch.cat([-high, low], -1) * layout.sin
+
+
+class Attention(nn.Module):
+    """Causal over the prompt, by scale over the grids; [PAD] is seen by none but itself."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        c, self.width = config, config.head_width
+        self.groups = c.num_attention_heads // c.key_heads
+        self.attend = _attend_rounding if c.upstream_rounding else _attend
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * self.width, c.hidden_size, bias=False)
+        self.qknorm = QKNorm(self.width)
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None, layer: int) -> Tensor:
+        heads = (-1, self.width)
+        q, k, v = (
+            projection(x).unflatten(2, heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.qknorm(q, k, v.dtype)
+        q, k = _rotate(q, layout), _rotate(k, layout)
+        if cache is not None:
+            k, v = cache.write(layer, layout.start, k, v)
+        if self.groups > 1:
+            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        return self.o_proj(self.attend(q, k, v, layout).transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    out, text = [], layout.text
+    if text:
+        out.append(F.scaled_dot_product_attention(q[:, :, :text], k[:, :, :text], v[:, :, :text], layout.text_mask))
+    if layout.counts:
+        out.append(attend_by_scale(q[:, :, text:], k, v, layout.counts, mask_B11K=layout.keys))
+    return torch.cat(out, 2)
+
+
+def _attend_rounding(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The same in upstream's order of rounding: scores in the model's dtype, softmax in fp32."""
+    first, ends = layout.start + layout.text, []
+    for count in layout.counts:
+        first += count
+        ends += [first] * count
+    position = torch.arange(k.shape[2], device=q.device)
+    sees = layout.keys & (position < torch.tensor(ends, device=q.device).view(-1, 1))
+    if layout.text_mask is not None:
+        sees = torch.cat([F.pad(layout.text_mask, (0, k.shape[2] - layout.text)), sees], 2)
+    scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~sees, torch.finfo(q.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised *after* it, whatever the parameters' names say."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BLC: Tensor, layout: Layout, cache: KeyValueCache | None, layer: int) -> Tensor:
+        x_BLC = x_BLC + self.input_layernorm(self.self_attn(x_BLC, layout, cache, layer))
+        return x_BLC + self.post_attention_layernorm(self.mlp(x_BLC))
+
+
+class Trunk(nn.Module):
+    """The parameters that upstream keeps under ``model``, and the embedding of a sequence."""
+
+    def __init__(self, config: TransformerConfig, schedule: ScaleSchedule, code_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.schedule = schedule
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.mm_projector = nn.Sequential(nn.Linear(code_width, width), nn.GELU(), nn.Linear(width, width))
+        self.lvl_embed = nn.Embedding(len(schedule) + 1, width)
+        self.pos_1LC = nn.Parameter(torch.zeros(schedule.tokens, width))
+
+    def embed(self, prompt_BP: Tensor, inputs: list[Tensor], steps: range) -> Tensor:
+        """Rows of the prompt, if ``steps`` begins with step 0, and of the grids: [B, rows, C].
+
+        The levels count upstream's scales from 1: all text has 0, step 0 (a position of text) too, and step s >= 1 has
+        s + 1; so row 1 of the level embedding serves nobody.
+        """
+        rows = []
+        if steps.start == 0:
+            text = self.embed_tokens(prompt_BP) + self.lvl_embed.weight[0]
+            rows = [text[:, :-1], text[:, -1:] + self.pos_1LC[:1]]
+        drawn = range(max(steps.start, 1), steps.stop)
+        if drawn:
+            # Contiguous, or in bf16 the projector's bias would be added to a product that is rounded already.
+            maps = torch.cat([m.flatten(2) for m in inputs], 2).transpose(1, 2).contiguous()
+            counts = torch.tensor([self.schedule.counts[s] for s in drawn], device=prompt_BP.device)
+            levels = torch.arange(drawn.start + 1, drawn.stop + 1, device=prompt_BP.device).repeat_interleave(counts)
+            entered = self.mm_projector(maps.to(self.lvl_embed.weight.dtype))
+            rows.append(entered + self.lvl_embed(levels) + self.pos_1LC[self.schedule.span(drawn)])
+        return torch.cat(rows, 1)
+
+
+class Transformer(nn.Module):
+    """From prompts and the features of the grids drawn so far to what the head needs of the next grid's tokens.
+
+    Args:
+        config: the shape.
+        schedule: the grids; the first is 1x1.
+        code_width: channels of the tokenizer's features.
+        codes: classes of a token; the head has more rows, those of text, which are stored and never computed.
+    """
+
+    checkpointing: bool = False
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, config: TransformerConfig, schedule: ScaleSchedule, code_width: int, codes: int) -> None:
+        super().__init__()
+        self.config, self.schedule, self.codes = config, schedule, codes
+        self.model = Trunk(config, schedule, code_width)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.model.pos_1LC, std=INIT_STD)
+
+    def new_cache(self, rows: int, prompt: int) -> KeyValueCache:
+        """For prompts of ``prompt`` positions; all of the schedule fits."""
+        c, like = self.config, self.model.pos_1LC
+        positions = prompt - 1 + self.schedule.tokens
+        return KeyValueCache(c.num_hidden_layers, rows, c.key_heads, positions, c.head_width, like.detach())
+
+    def forward(
+        self, prompt_BP: Tensor, inputs: list[Tensor], steps: range, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Features of the tokens of ``steps``: [B, L, C].
+
+        Args:
+            prompt_BP: ids, padded on the left.
+            inputs: one map [B, code_width, h, w] for each of ``steps`` but step 0, which has none.
+            steps: consecutive; must start at 0, where the prompt is read, unless a cache holds all that comes before.
+            cache: read, and written at the positions of the pass.
+        """
+        x = self.model.embed(prompt_BP, inputs, steps)
+        layout = self._layout(prompt_BP, steps, x)
+        for layer, block in enumerate(self.model.layers):
+            x = run_block(self.checkpointing, block, x, layout, cache, layer)
+        span = self.schedule.span(steps)
+        return self.model.norm(x[:, x.shape[1] - (span.stop - span.start) :])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of the image codes, [..., codes]."""
+        first = self.config.image_token_start
+        return F.linear(hidden, self.lm_head.weight[first : first + self.codes])
+
+    def _layout(self, prompt_BP: Tensor, steps: range, x: Tensor) -> Layout:
+        prompt, with_text = prompt_BP.shape[1], steps.start == 0
+        start = 0 if with_text else prompt - 1 + self.schedule.offsets[steps.start]
+        known = prompt_BP != self.config.pad_token_id
+        keys = F.pad(known, (0, start + x.shape[1] - prompt), value=True)[:, None, None]
+        mask = None
+        if with_text:
+            # Rows of [PAD] mean nothing and nobody sees them; that they see themselves keeps them finite.
+            eye = torch.eye(prompt, dtype=torch.bool, device=prompt_BP.device)
+            mask = known[:, None, None].expand(-1, 1, prompt, -1).tril() | eye
+        counts = [self.schedule.counts[s] for s in steps if s > 0]
+        cos, sin = (table[start : start + x.shape[1]] for table in self._rotary(x))
+        return Layout(start, prompt if with_text else 0, counts, mask, keys, cos, sin)
+
+    def _rotary(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            c = self.config
+            power = torch.arange(0, c.head_width, 2, device=like.device).float() / c.head_width
+            position = torch.arange(c.tokenizer_model_max_length, device=like.device).float()
+            frequency = 1 / c.rope_theta**power
+            if c.upstream_rounding:
+                frequency = frequency.to(like.dtype).float()
+            angle = torch.outer(position, frequency).repeat(1, 2)
+            self._tables[key] = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+        return self._tables[key]
