@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Curve", "interval", "level_at", "load", "print_report", "reaching", "read_curve"]
+__all__ = ["Curve", "interval", "level_at", "load", "mean_over", "print_report", "reaching", "read_curve"]
 
 LEVELS = (0.6, 0.7)
 LAST = 3
@@ -76,6 +76,12 @@ def level_at(x: np.ndarray, accuracy: np.ndarray, budget: float) -> float:
     return float(accuracy[x <= budget * (1 + 1e-9)][-LAST:].mean())
 
 
+def mean_over(x: np.ndarray, accuracy: np.ndarray, budget: float) -> float:
+    """Mean of the interpolated curve from the start to a budget: what training had to offer all along."""
+    at = np.linspace(0, min(budget, float(x[-1])), 201)
+    return float(np.interp(at, x, accuracy).mean())
+
+
 def load(data: Path, names: list[str]) -> dict[str, list[Curve]]:
     """The finished curves of every method, by seed; only seeds that every method has.
 
@@ -122,12 +128,13 @@ def _table(
 ) -> Table:
     seeds = len(next(iter(curves.values())))
     table = Table(title=f"{seeds} paired seeds, mean ± 95% interval, at {budget:.0f} {unit}")
-    for column in ("method", "base", "level", "rise", "relative", *(f"{unit} to {level}" for level in LEVELS)):
+    for column in ("method", "base", "mean", "level", "rise", "relative", *(f"{unit} to {level}" for level in LEVELS)):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, runs in curves.items():
         base = np.array([c.accuracy[0] for c in runs])
         level = np.array([level_at(at, c.accuracy, budget) for at, c in zip(x[name], runs, strict=True)])
-        cells = [_show(*interval(values), 3) for values in (base, level, level - base)]
+        mean = np.array([mean_over(at, c.accuracy, budget) for at, c in zip(x[name], runs, strict=True)])
+        cells = [_show(*interval(values), 3) for values in (base, mean, level, level - base)]
         cells.append(f"{level.mean() / base.mean() - 1:+.1%}")
         for wanted in LEVELS:
             reached = np.array([reaching(at, c.accuracy, wanted) for at, c in zip(x[name], runs, strict=True)])
@@ -145,12 +152,14 @@ def _print_gains(
 ) -> None:
     """The paired differences between the last method and each other."""
     *others, ours = curves
-    level = {
-        name: np.array([level_at(at, c.accuracy, budget) for at, c in zip(x[name], runs, strict=True)])
-        for name, runs in curves.items()
-    }
-    for name in others:
-        console.print(f"{labels[ours]} - {labels[name]}, paired: {_show(*interval(level[ours] - level[name]), 3)}")
+    for title, measure in (("mean", mean_over), ("level", level_at)):
+        values = {
+            name: np.array([measure(at, c.accuracy, budget) for at, c in zip(x[name], runs, strict=True)])
+            for name, runs in curves.items()
+        }
+        for name in others:
+            gain = _show(*interval(values[ours] - values[name]), 3)
+            console.print(f"{title}: {labels[ours]} - {labels[name]}, paired: {gain}")
 
 
 def _show(value: float, half: float, digits: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.curves import Curve, interval, level_at, load, reaching, read_curve
+from benchmarks.curves import Curve, interval, level_at, load, mean_over, reaching, read_curve
 from benchmarks.noise import signal_share
 from benchmarks.results import METHODS
 
@@ -34,6 +34,13 @@ def test_the_level_is_the_mean_of_the_last_three_within_the_budget():
     assert level_at(x, accuracy, 30.0) == pytest.approx(0.4)
     assert level_at(x, accuracy, 39.0) == pytest.approx(0.4)
     assert level_at(x, accuracy, 40.0) == pytest.approx(1.9 / 3)
+
+
+def test_the_mean_over_a_budget_is_the_area_under_the_curve():
+    x, accuracy = np.array([0.0, 10, 20]), np.array([0.2, 0.6, 0.6])
+    assert mean_over(x, accuracy, 10.0) == pytest.approx(0.4)
+    assert mean_over(x, accuracy, 20.0) == pytest.approx(0.5, abs=1e-3)
+    assert mean_over(x, accuracy, 99.0) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_curve_counts_updates_by_kind(tmp_path: Path):
