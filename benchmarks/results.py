@@ -64,11 +64,22 @@ PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
     "prefix": Method(
-        "prefix-only GRPO, terminal reward",
+        "prefix-only, terminal reward",
         {"method.update": "prefix", **PLAIN},
         ONE,
     ),
-    "full": Method("full method (the recipe)", {}, ONE),
+    "paper": Method(
+        "full method, K = 2, alpha 0.6, 3 : 1",
+        {
+            "method.continuations": 2,
+            "method.alpha": 0.6,
+            "method.prefix_updates": 3,
+            "method.suffix_updates": 1,
+        },
+        ONE * (3 * 2 + 1),
+        4,
+    ),
+    "full": Method("full method, the recipe", {}, ONE),
 }
 
 
