@@ -175,7 +175,7 @@ def main() -> None:
         run(a.out, a.data, a.seeds, a.pictures, a.methods, a.workers, extra)
     elif a.action == "time":
         a.data.mkdir(parents=True, exist_ok=True)
-        each = measure_seconds(a.out, a.methods, updates=14, rounds=2)
+        each = measure_seconds(a.out, a.methods, updates=9, rounds=3)
         seconds.write_text(json.dumps(each, indent=1))
         console.print(each)
     else:
