@@ -177,6 +177,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate() * batch.rate
         self.optimizer.step()
+        # Autocast keeps its casts of the weights until it is left: the next epoch would score with the old ones.
+        torch.clear_autocast_cache()
         self.steps_taken += 1
         return norm, True
 

@@ -59,11 +59,14 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
         ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
     """
     policy = load_policy(config.family, config.config, config.weights)
+    # Not every parameter of the trainable part is one: a family may keep some fixed.
+    trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
     cast(nn.Module, policy).to(device).eval().requires_grad_(False)
     if config.lora.rank:
         add_adapters(policy, config.lora)
     else:
-        policy.trainable.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     if config.checkpointing:
         if not hasattr(policy.trainable, "checkpointing"):
             raise ValueError(f"policy.checkpointing is not there for {config.family}")

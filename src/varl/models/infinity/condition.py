@@ -38,6 +38,10 @@ class TextEncoder:
         self._tokenizer: Any = None
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
+        """Itself: copies of a policy, such as its reference, share what is frozen and large."""
+        return self
+
     def _load(self) -> None:
         try:
             from transformers import AutoTokenizer, T5EncoderModel

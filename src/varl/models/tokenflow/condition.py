@@ -37,6 +37,10 @@ class PromptReader:
         self._tokenizer: Any = None
         self._rows: dict[str, list[int]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptReader:
+        """Itself: copies of a policy, such as its reference, share what never changes."""
+        return self
+
     def row(self, text: str) -> list[int]:
         """Ids of a prompt; see ``prompt_row``.
 

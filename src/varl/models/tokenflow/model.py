@@ -242,8 +242,11 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of the image codes, [..., codes]."""
-        first = self.config.image_token_start
-        return F.linear(hidden, self.lm_head.weight[first : first + self.codes])
+        codes = slice(self.config.image_token_start, self.config.image_token_start + self.codes)
+        if type(self.lm_head) is not nn.Linear:
+            # An adapter's own layer: it must be called, or the adapter would do nothing.
+            return self.lm_head(hidden)[..., codes]
+        return F.linear(hidden, self.lm_head.weight[codes])
 
     def _layout(self, prompt_BP: Tensor, steps: range, x: Tensor) -> Layout:
         prompt, with_text = prompt_BP.shape[1], steps.start == 0
