@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_runs
 from memory import LiveStorage, saved_storages, storage_bytes
 from small import make_prompts
 from varl import Prompt, load_policy
@@ -28,7 +29,7 @@ from varl.config import (
     TrainConfig,
 )
 from varl.models import FAMILIES, save_policy
-from varl.plan import TEXT_ENCODERS, Estimate, Item, estimate, saved_bytes, shape_of
+from varl.plan import SAVED, TEXT_ENCODERS, Estimate, Item, estimate, saved_bytes, shape_of
 from varl.policy import Condition, Policy
 from varl.sampling import Sampling
 from varl.trainer import Trainer
@@ -121,8 +122,6 @@ def _is_weight(tensor: torch.Tensor, policy: Policy) -> bool:
 
 
 def test_every_family_has_its_numbers() -> None:
-    from varl.plan import SAVED
-
     assert SAVED.keys() == FAMILIES.keys()
 
 
@@ -145,13 +144,16 @@ def tracking(trainer: Trainer) -> Iterator[LiveStorage]:
 
 def small_run(family: str, folder: Path, **changes: Any) -> TrainConfig:
     """A run of a small policy whose files are in the folder; its second update is one of a full run."""
-    shape = config_of(family, width=64, ffn=256, depth=4)
+    width, depth = (64, 4) if family == "inkling" else (128, 12)
+    shape = config_of(family, width=width, ffn=4 * width, depth=changes.pop("depth", depth))
     weights = folder / ("weights.safetensors" if family == "inkling" else "weights")
     save_policy(load_policy(family, shape, "random"), weights)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(json.dumps({"text": f"the word '{w}' at the top", "label": 1}) for w in ("AB", "CD")))
-    method: dict[str, Any] = {"prompts": 2, "group": 8, "middle": 2, **changes.pop("method", {})}
-    run: dict[str, Any] = {"micro_batch": 16, "gallery_every": 0, "diagnose_every": 0, "device": "cpu"}
+    prompts.write_text(
+        "\n".join(json.dumps({"text": f"the word '{w}' at the top", "label": 1}) for w in ("KEBA", "LUX"))
+    )
+    method: dict[str, Any] = {"prompts": 2, "group": 4, "middle": 2, **changes.pop("method", {})}
+    run: dict[str, Any] = {"micro_batch": 4, "gallery_every": 0, "diagnose_every": 0, "device": "cpu"}
     return TrainConfig(
         policy=PolicyConfig(family=family, weights=str(weights), config=shape, **changes.pop("policy", {})),
         prompts=PromptConfig(source=str(prompts)),
@@ -167,17 +169,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": {"update": "full"}},
     "suffix": {"method": {"update": "suffix"}, "run": {"micro_batch": 8}},
     "full-bf16": {"method": {"update": "full"}, "policy": {"precision": "bfloat16"}},
-    "full-checkpointing": {"method": {"update": "full"}, "policy": {"checkpointing": True}},
+    "full-checkpointing": {
+        "method": {"update": "full"},
+        "policy": {"checkpointing": True},
+        "run": {"micro_batch": 8, "rollout_batch": 1},
+    },
+    "decode": {"method": {"update": "prefix"}, "depth": 1},
     "rollout": {
-        "method": {"update": "prefix", "group": 16, "continuations": 4},
-        "run": {"micro_batch": 2},
+        "method": {"update": "prefix", "group": 8, "continuations": 4},
+        "run": {"micro_batch": 1},
         "sampling": Sampling(guidance=2.0, top_p=0.9),
     },
 }
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("family", ["inkling", "var"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("inkling", kind) for kind in RUNS if kind != "decode"]
+    + [("var", "full"), ("var", "full-bf16"), ("var", "decode")],
+)
 def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path) -> None:
     config = small_run(family, tmp_path, **{key: value for key, value in RUNS[kind].items()})
     trainer = Trainer(config)
@@ -185,6 +195,107 @@ def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path) -> None:
     with tracking(trainer) as live:
         trainer.step()
     found = estimate(config)
-    print(family, kind, found.peak() / live.peak, found.largest_phase(), {i.name: i.bytes / live.peak for i in found.items})
-    assert found.largest_phase() == ("rollout" if kind == "rollout" else "update")
+    assert found.largest_phase() == (kind if kind in ("rollout", "decode") else "update")
     assert found.peak() == pytest.approx(live.peak, rel=0.2)
+
+
+def item(config: TrainConfig, name: str) -> float:
+    return sum(i.bytes for i in estimate(config).items if i.name.startswith(name) and i.phase in ("always", "rollout"))
+
+
+def test_what_is_always_there() -> None:
+    config = TrainConfig(policy=PolicyConfig("var", config={"size": "d16"}))
+    numbers = 310_283_520
+    assert estimate(config).trainable == numbers
+    assert item(config, "gradients") == 4 * numbers
+    assert item(config, "AdamW") == 8 * numbers
+    assert item(config, "frozen reference") == item(config, "trainable") == pytest.approx(4 * numbers, rel=0.01)
+    assert item(replace(config, method=MethodConfig(beta=0)), "frozen reference") == 0
+    adapted = replace(config, policy=replace(config.policy, lora=AdapterConfig(rank=8)))
+    assert item(adapted, "frozen reference") == 0
+    # A block has layers C to 3 C, C to C, C to 4 C and 4 C to C, with C = 1024.
+    assert item(adapted, "gradients") == 4 * 16 * 8 * 1024 * (4 + 2 + 5 + 5)
+
+
+def test_caches() -> None:
+    """Two prompts of four sequences, three continuations each: rows of keys and values that are held at the fork."""
+    method = MethodConfig(update="prefix", prompts=2, group=4, continuations=3, middle=2)
+    config = TrainConfig(policy=PolicyConfig("var", config={"size": "d16"}), method=method)
+    row, name = 16 * 2 * 1024 * 680 * 4, "keys and values"
+    assert item(config, name) == (8 + 24) * row
+    assert item(replace(config, sampling=Sampling(guidance=1.5)), name) == 2 * (8 + 24) * row
+    assert item(replace(config, run=RunConfig(rollout_batch=6)), name) == (2 + 6) * row
+    assert item(replace(config, run=RunConfig(rollout_batch=2)), name) == (1 + 2) * row
+    assert item(replace(config, method=replace(method, continuations_by="reference")), name) == (16 + 24) * row
+    assert item(replace(config, method=replace(method, update="suffix")), name) == (2 + 8) * row
+    assert item(replace(config, method=replace(method, update="full")), name) == 8 * row
+
+
+def test_adapters_are_counted_as_they_are_made() -> None:
+    policy = load_policy("infinity", config_of("infinity"), "random")
+    counted = adapter_parameters(policy, AdapterConfig(rank=3))
+    add_adapters(policy, AdapterConfig(rank=3))
+    assert counted == sum(p.numel() for p in policy.trainable.parameters() if p.requires_grad)
+
+
+def test_text_encoders() -> None:
+    transformers = pytest.importorskip("transformers")
+    t5 = transformers.T5Config(
+        d_model=2048, d_ff=5120, d_kv=64, num_heads=32, num_layers=24, vocab_size=32128, feed_forward_proj="gated-gelu"
+    )
+    small = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    big = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    with torch.device("meta"):
+        encoder = transformers.T5EncoderModel(t5)
+        clips = [transformers.CLIPTextModel(transformers.CLIPTextConfig(**shape)) for shape in (small, big)]
+    assert TEXT_ENCODERS["infinity"] == 2 * sum(p.numel() for p in encoder.parameters())
+    assert TEXT_ENCODERS["switti"] == 4 * sum(p.numel() for clip in clips for p in clip.parameters())
+
+
+def test_how_many_gpus() -> None:
+    items = [Item("w", 100e9, sharded=True), Item("t", 2e9), Item("a", 30e9, "update"), Item("c", 20e9, "rollout")]
+    found = Estimate(items, 0)
+    assert found.peak() == 132e9
+    assert found.peak(4) == 57e9
+    # 72 GB of 80 may be used; 32 of them are each GPU's own.
+    assert found.gpus(80) == 3
+    assert found.gpus(150) == 1
+    assert found.gpus(35) is None
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--policy.family", "var", "--policy.config", "{size: d30}", "--policy.weights", "not/there.pth"]
+    assert main([*words, "--run.rollout_batch", "8", "--run.micro_batch", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "AdamW's moments" in shown
+    assert "2,010.0 million" in shown
+    assert "GPUs of 80 GB: 1" in shown
+    assert main([*words, "--gpu_memory", "20", "--run.rollout_batch", "8", "--run.micro_batch", "1"]) == 0
+    assert "GPUs of 20 GB each" in capsys.readouterr().out
+    assert main([*words, "--method.prompts", "64"]) == 0
+    assert "--run.rollout_batch" in capsys.readouterr().out
+    assert main(["plan", "--policy.family", "var", "--policy.config", "{size: d17}"]) == 2
+    assert "no size 'd17'" in capsys.readouterr().err
+
+
+RECIPES = [
+    path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")) if "inkling" not in path.stem
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_memory_that_a_recipe_states(path: Path) -> None:
+    found = estimate(tiny_runs.parse("train", "--config", str(path)))
+    stated = f"# Memory: {found.peak() / 1e9:.1f} GB at the peak; GPUs of 80 GB: {found.gpus(80)} (`varl plan`).\n"
+    assert stated in path.read_text()
+
+
+def test_the_example_reward() -> None:
+    from examples.rewards import colourfulness
+
+    grey, red = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 1
+    half = torch.cat([red[..., :4], grey[..., 4:]], -1)
+    scores = colourfulness(torch.cat([grey, red, half]), [Prompt(label=0)] * 3)
+    # Red is (1, 1/2) in the opponents: no spread, 0.3 times the root of 5/4. Half of it: half the mean, and spread.
+    assert scores.tolist() == pytest.approx([0, 0.3 * 1.25**0.5, 0.65 * 1.25**0.5])
