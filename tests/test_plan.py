@@ -189,7 +189,7 @@ RUNS: dict[str, dict[str, Any]] = {
     + [("var", "full"), ("var", "full-bf16"), ("var", "decode")],
 )
 def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path) -> None:
-    config = small_run(family, tmp_path, **{key: value for key, value in RUNS[kind].items()})
+    config = small_run(family, tmp_path, **dict(RUNS[kind]))
     trainer = Trainer(config)
     trainer.step()
     with tracking(trainer) as live:
