@@ -9,8 +9,8 @@ depth D, and e bytes an element (4, or 2 where autocast computes in bf16)::
                 = R L 4 C D                          with it: the blocks' inputs, and one block while it runs again
     edges       = R L 4 edges C                      embedding, last norm
 
-``full``, ``working``, ``rounded``, ``ffn``, ``text`` and ``edges`` are numbers of a family (``SAVED``): how many tensors
-of width C (F) its block keeps in fp32, in the type it computes in, as rounded copies, in the feed-forward, for each of
+``full``, ``working``, ``rounded``, ``ffn``, ``text`` and ``edges`` are numbers of a family (``SAVED``): how many
+tensors of width C (F) its block keeps in fp32, in the type it computes in, as rounded copies, in the feed-forward, for each of
 T tokens of text, and how many are kept outside the blocks. They were counted on small models with hooks on saved
 tensors, and the tests count them again.
 """
@@ -18,6 +18,7 @@ tensors, and the tests count them again.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -168,7 +169,8 @@ def shape_of(policy: Policy, schedule: ScaleSchedule) -> Shape:
     layers = dict(blocks[0].named_modules())
     enter = next(layer for name, layer in layers.items() if name.split(".")[-1] in ("up", "fc1", "up_proj"))
     saved, prompt, text = SAVED[policy.family], 0, 0
-    config, tokenizer = getattr(model, "config", None), cast(Any, policy).tokenizer
+    config: Any = getattr(model, "config", None)
+    tokenizer = cast(Any, policy).tokenizer
     extent: tuple[int, ...] = ()
     if policy.family == "infinity":
         text, extent = config.text_maxlen, (schedule.tokens,)
@@ -239,7 +241,7 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 
-def _total(items: list[Item]) -> float:
+def _total(items: Iterable[Item]) -> float:
     return sum(item.bytes for item in items)
 
 
