@@ -10,9 +10,9 @@ depth D, and e bytes an element (4, or 2 where autocast computes in bf16)::
     edges       = R L 4 edges C                      embedding, last norm
 
 ``full``, ``working``, ``rounded``, ``ffn``, ``text`` and ``edges`` are numbers of a family (``SAVED``): how many
-tensors of width C (F) its block keeps in fp32, in the type it computes in, as rounded copies, in the
-feed-forward, for each of T tokens of text, and how many are kept outside the blocks. They were counted on small models with hooks on saved
-tensors, and the tests count them again.
+tensors of width C (F) its block keeps in fp32, in the type it computes in, as rounded copies, in the feed-forward,
+for each of T tokens of text, and how many are kept outside the blocks. They were counted on small models with
+hooks on saved tensors, and the tests count them again.
 """
 
 from __future__ import annotations
