@@ -254,3 +254,11 @@ def test_resolve_prompts(tmp_path):
     assert resolve_prompts(str(path), count=2) == load_prompts(path)
     with pytest.raises(ValueError, match="no prompts 'inkling:test'"):
         resolve_prompts("inkling:test")
+
+
+def test_labels() -> None:
+    assert [prompt.label for prompt in resolve_prompts("labels:3-6")] == [3, 4, 5, 6]
+    assert resolve_prompts("labels:7-7") == [Prompt(label=7)]
+    for wrong in ("6-3", "5", "a-b", ""):
+        with pytest.raises(ValueError, match="first-last"):
+            resolve_prompts(f"labels:{wrong}")

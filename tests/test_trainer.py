@@ -25,7 +25,6 @@ from varl.config import (
 from varl.models import load_policy
 from varl.run.metrics import read_metrics
 from varl.sampling import Sampling
-from varl.schedule import ScaleSchedule
 from varl.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -362,8 +361,11 @@ def test_every_recipe_parses(path: Path) -> None:
     command = "pretrain" if "pretrain" in path.stem else "train"
     config = tiny_runs.parse(command, "--config", str(path))
     if command == "train":
-        sides = load_policy(config.policy.family, config.policy.config, "random").default_schedule.grids
-        assert 0 < ScaleSchedule(sides, 4).middle(config.method.middle) < len(sides)
+        with torch.device("meta"):
+            policy = load_policy(config.policy.family, config.policy.config, "random")
+        schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
+        assert 0 < schedule.middle(config.method.middle) < len(schedule)
+        assert config.sampling.top_k <= policy.classes
 
 
 def test_there_are_recipes() -> None:

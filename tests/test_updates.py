@@ -246,3 +246,18 @@ def test_continuations_by_the_reference(inkling: Inkling, prompts: list[Prompt])
             for m in (inkling, reference)
         ]
     assert logp[1] > logp[0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 7, 100])
+@pytest.mark.parametrize("kind", ["full", "prefix", "suffix"])
+def test_how_many_are_drawn_at_once_changes_nothing(
+    inkling: Inkling, prompts: list[Prompt], kind: updates.Kind, at_once: int
+) -> None:
+    plan = updates.plan(kind, METHOD, inkling.default_schedule)
+    condition, sampling = inkling.condition(prompts), Sampling(guidance=1.5, top_p=0.9)
+    whole = updates.draw(inkling, condition, plan, sampling, (0, 5))
+    parts = updates.draw(inkling, condition, plan, sampling, (0, 5), at_once=at_once)
+    for found, expected in ((parts.whole, whole.whole), (parts.trained, whole.trained)):
+        assert torch.equal(found.actions, expected.actions)
+        assert torch.equal(found.condition.features["cells"], expected.condition.features["cells"])
+        assert found.steps == expected.steps

@@ -24,6 +24,7 @@ from varl.policy import Policy
 
 __all__ = [
     "WithoutAdapters",
+    "adapter_parameters",
     "adapter_state",
     "adapters_off",
     "add_adapters",
@@ -49,11 +50,7 @@ def add_adapters(policy: Policy, config: AdapterConfig) -> None:
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'varl[lora]'") from error
     targets = list(config.targets or policy.lora_targets)
-    linear = [name for name, module in policy.trainable.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(known)}")
+    _adapted(policy, targets)
     for parameter in policy.trainable.parameters():
         parameter.requires_grad_(False)
     lora = LoraConfig(r=config.rank, lora_alpha=cast(int, config.alpha), target_modules=targets, lora_dropout=0.0)
@@ -61,6 +58,27 @@ def add_adapters(policy: Policy, config: AdapterConfig) -> None:
     for _, layer in _layers(policy):
         for part in (layer.lora_A, layer.lora_B):
             part.float()
+
+
+def _adapted(policy: Policy, targets: list[str]) -> list[nn.Linear]:
+    """The linear layers whose full names end with one of the targets."""
+    linear = {name: module for name, module in policy.trainable.named_modules() if isinstance(module, nn.Linear)}
+    ends = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
+    for target, found in ends.items():
+        if not found:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(known)}")
+    return [linear[name] for name in sorted({name for found in ends.values() for name in found})]
+
+
+def adapter_parameters(policy: Policy, config: AdapterConfig) -> int:
+    """How many numbers the adapters of a configuration would train, without putting them there.
+
+    Raises:
+        ValueError: if no layer has one of the names.
+    """
+    layers = _adapted(policy, list(config.targets or policy.lora_targets))
+    return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def _layers(policy: Policy) -> list[tuple[str, Any]]:

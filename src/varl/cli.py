@@ -1,4 +1,4 @@
-"""The command line: ``varl train | generate | evaluate | pretrain | probe | doctor``."""
+"""The command line: ``varl train | plan | generate | evaluate | pretrain | probe | doctor``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Command:
 
 COMMANDS = {
     "train": Command(commands.train, commands.TrainConfig, True, "tune a policy with reinforcement learning"),
+    "plan": Command(commands.plan, commands.PlanConfig, True, "estimate the memory of a recipe"),
     "generate": Command(commands.generate, commands.GenerateConfig, False, "draw pictures"),
     "evaluate": Command(commands.evaluate, commands.EvaluateConfig, False, "score a policy on held-out prompts"),
     "pretrain": Command(commands.pretrain, commands.PretrainConfig, True, "train the embedded model from nothing"),

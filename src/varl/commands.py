@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from varl.config import PolicyConfig, TrainConfig
 from varl.doctor import check_policy, check_prompts, check_reader
@@ -19,6 +20,7 @@ from varl.evaluation.held_out import evaluate as evaluate_policy
 from varl.models.inkling.checkpoint import save as save_inkling
 from varl.models.inkling.pretrain import PretrainConfig
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
+from varl.plan import estimate
 from varl.policy import Policy, Prompt
 from varl.probe import check_counts
 from varl.probe import probe as probe_policy
@@ -30,7 +32,7 @@ from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.trainer import Trainer, autocast, choose_device, prepare
 
-__all__ = ["doctor", "evaluate", "generate", "pretrain", "probe", "train"]
+__all__ = ["doctor", "evaluate", "generate", "plan", "pretrain", "probe", "train"]
 
 console = Console()
 SHIPPED_SAMPLING = Sampling()
@@ -77,6 +79,59 @@ def train(config: TrainConfig) -> None:
     if picture.exists():
         console.print(f"before and after: {picture}")
     console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}")
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Settings of ``varl plan``: those of ``varl train``, and the GPU.
+
+    Attributes:
+        gpu_memory: of one GPU, in GB (10^9 bytes).
+    """
+
+    gpu_memory: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not self.gpu_memory > 0:
+            raise ValueError(f"gpu_memory must be positive, got {self.gpu_memory}")
+
+
+REMEDIES = {
+    "rollout": "draw fewer pictures at once (--run.rollout_batch)",
+    "decode": "decode fewer pictures at once (--run.micro_batch)",
+    "update": "train on fewer sequences at once (--run.micro_batch), with --policy.checkpointing true",
+    "optimizer": "train adapters (--policy.lora.rank 32)",
+}
+
+
+def plan(config: PlanConfig) -> None:
+    """Estimate the memory that a recipe needs, and how many GPUs hold it, before anything is downloaded or run.
+
+    The sizes come from the recipe alone (policy.config), so the files of policy.weights need not be there, and no GPU
+    is used. A run goes through phases, one after the other: it draws pictures (rollout), decodes them, learns from
+    them (update) and steps the optimizer. The peak is what is always there plus the largest phase. Several GPUs share
+    the items marked so, as under full sharding; the others every GPU holds itself. A tenth of each GPU stays free.
+
+    Too large? run.rollout_batch bounds the keys and values, run.micro_batch and policy.checkpointing the activations,
+    policy.lora drops the optimizer's moments and the reference.
+    """
+    with checking():
+        found = estimate(config)
+    table = Table("what", "when", "GB", "shared", title=f"memory of one GPU, {config.policy.family}")
+    for item in found.items:
+        table.add_row(item.name, item.phase, f"{item.bytes / 1e9:.2f}", "yes" if item.sharded else "")
+    table.add_section()
+    phase = found.largest_phase()
+    table.add_row("peak", phase, f"{found.peak() / 1e9:.2f}", "")
+    console.print(table)
+    console.print(f"trained: {found.trainable / 1e6:,.1f} million parameters")
+    gpus = found.gpus(config.gpu_memory)
+    if gpus is None:
+        worst = found.largest_phase(10**9)
+        console.print(f"no number of {config.gpu_memory:g} GB GPUs is enough: {REMEDIES[worst]}", soft_wrap=True)
+        return
+    each = "" if gpus == 1 else f" each, {found.peak(gpus) / 1e9:.2f} GB a GPU"
+    console.print(f"GPUs of {config.gpu_memory:g} GB{each}: {gpus}", soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,8 @@ class PromptConfig:
     """Which prompts.
 
     Attributes:
-        source: a prompt file (.txt, .jsonl or CVTG-2K's .json), or ``inkling:train`` / ``inkling:held-out``, generated.
+        source: a prompt file (.txt, .jsonl or CVTG-2K's .json); ``inkling:train`` / ``inkling:held-out``, generated; or
+            ``labels:0-999``, classes for a class-conditional family.
         count: how many prompts to generate; ignored for files.
         seed: of the generated prompts, and of the order.
         region_counts: share of prompts by their number of text regions, e.g. {2: 0.2, 3: 0.3, 4: 0.3, 5: 0.2}.
@@ -267,6 +268,7 @@ class RunConfig:
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of the model; 0 leaves torch's choice.
         micro_batch: sequences in one forward and backward pass.
+        rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
         save_every: updates between checkpoints.
         keep: checkpoints kept.
         gallery_every: updates between pictures of samples and masks; 0 is never.
@@ -279,6 +281,7 @@ class RunConfig:
     device: str = "auto"
     threads: int = 0
     micro_batch: int = 32
+    rollout_batch: int = 0
     save_every: int = 20
     keep: int = 2
     gallery_every: int = 20
@@ -287,7 +290,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("updates", "micro_batch", "save_every", "keep"):
             _need(getattr(self, name) > 0, f"run.{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "threads", "gallery_every", "diagnose_every"):
+        for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
             _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
 

@@ -16,6 +16,7 @@ from varl.policy import Box, Prompt
 __all__ = [
     "PromptStream",
     "inkling_prompts",
+    "label_prompts",
     "load_prompts",
     "quoted_words",
     "resolve_prompts",
@@ -275,6 +276,18 @@ def inkling_prompts(count: int, seed: int = 0, held_out: bool = False) -> list[P
     return list(found.values())
 
 
+def label_prompts(span: str) -> list[Prompt]:
+    """One prompt for each class of a span such as ``0-999``, both ends included, for class-conditional families.
+
+    Raises:
+        ValueError: if the span is none.
+    """
+    match = re.fullmatch(r"(\d+)-(\d+)", span)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"labels are given as first-last, for example labels:0-999; got labels:{span}")
+    return [Prompt(label=label) for label in range(int(match[1]), int(match[2]) + 1)]
+
+
 def resolve_prompts(
     source: str | Path,
     *,
@@ -285,7 +298,8 @@ def resolve_prompts(
     """The prompts that a recipe names.
 
     Args:
-        source: a file for ``load_prompts``, or ``inkling:train`` or ``inkling:held-out`` for generated ones.
+        source: a file for ``load_prompts``; ``inkling:train`` or ``inkling:held-out`` for generated ones; or
+            ``labels:0-999``, one prompt a class.
         count: how many prompts to generate; ignored for files, which give all of theirs.
         seed: of generated prompts and of ``region_counts``.
         region_counts: then keep what follows this distribution of text regions, see ``with_region_counts``.
@@ -297,6 +311,8 @@ def resolve_prompts(
     name = str(source)
     if name in ("inkling:train", "inkling:held-out"):
         prompts = inkling_prompts(count, seed, name == "inkling:held-out")
+    elif name.startswith("labels:"):
+        prompts = label_prompts(name.removeprefix("labels:"))
     elif name.startswith("inkling:"):
         raise ValueError(f"no prompts {name!r}; there are inkling:train, inkling:held-out, and paths of prompt files")
     else:

@@ -153,6 +153,7 @@ class Trainer:
                 self.config.sampling,
                 (self.config.run.seed, self.update),
                 self.reference if method.continuations_by == "reference" else None,
+                self.config.run.rollout_batch,
             )
         with self.stage("decode"), self.precision():
             images = self._decode(drawn.whole.actions)

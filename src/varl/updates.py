@@ -96,6 +96,7 @@ def draw(
     sampling: Sampling,
     seed: Sequence[int],
     continued_by: Policy | None = None,
+    at_once: int = 0,
 ) -> Drawn:
     """Draw an update's sequences; every row has a generator of its own, seeded by (seed, stage, row).
 
@@ -103,21 +104,54 @@ def draw(
         condition: one row a prompt.
         continued_by: draws the continuations of a prefix update in the policy's place (the reference, for a middle
             return under it); its caches are filled by replaying the prefixes.
+        at_once: finished sequences drawn together, which changes memory and not what is drawn; 0 is all.
     """
     heads = condition.repeat(plan.heads)
-    total = len(condition.schedule)
+    whole, prefixes = [], []
+    size = at_once or heads.batch * plan.tails
     first = row_generators((*seed, 0), heads.batch)
-    if plan.branch_at == total:
-        whole = rollout(policy, heads, sampling, first)
-        return Drawn(whole, whole)
-    prefix = rollout(policy, heads, sampling, first, until=plan.branch_at, keep_state=True)
     second = row_generators((*seed, 1), heads.batch * plan.tails)
-    author, start = policy, prefix
-    if continued_by is not None and plan.kind == "prefix":
-        author, start = continued_by, replay(continued_by, heads, prefix.actions, plan.branch_at, sampling.guidance)
-    whole = rollout(author, heads, sampling, second, start=start, fork=plan.tails)
-    prefix.state = None
-    return Drawn(prefix if plan.kind == "prefix" else whole, whole)
+    for rows in torch.arange(heads.batch).split(max(size // plan.tails, 1)):
+        part = heads.select(rows) if len(rows) < heads.batch else heads
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        if plan.branch_at == len(condition.schedule):
+            whole.append(rollout(policy, part, sampling, first[start:stop]))
+            continue
+        prefix = rollout(policy, part, sampling, first[start:stop], until=plan.branch_at, keep_state=True)
+        author, fork_of = policy, prefix
+        if continued_by is not None and plan.kind == "prefix":
+            author = continued_by
+            fork_of = replay(continued_by, part, prefix.actions, plan.branch_at, sampling.guidance)
+        # Several prefixes are continued all at once, a single one perhaps by a few at a time.
+        few = min(size, plan.tails)
+        for generators in _batches(second[start * plan.tails : stop * plan.tails], few * len(rows)):
+            fork = len(generators) // len(rows)
+            whole.append(rollout(author, part, sampling, generators, start=fork_of, fork=fork))
+        prefix.state = None
+        prefixes.append(prefix)
+    finished = _joined(whole)
+    return Drawn(_joined(prefixes) if plan.kind == "prefix" else finished, finished)
+
+
+def _batches(items: list[torch.Generator], size: int) -> list[list[torch.Generator]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _joined(parts: list[Rollout]) -> Rollout:
+    """Rollouts of the same steps as one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    conditions = [part.condition for part in parts]
+    features, null = (
+        {name: torch.cat([getattr(c, kind)[name] for c in conditions]) for name in getattr(conditions[0], kind)}
+        for kind in ("features", "null")
+    )
+    return Rollout(
+        Condition(conditions[0].schedule, features, null),
+        torch.cat([part.actions for part in parts]),
+        parts[0].steps,
+        guidance=parts[0].guidance,
+    )
 
 
 def returns(
