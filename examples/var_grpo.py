@@ -80,10 +80,11 @@ def draw_grid(logits_BNV: Tensor, generators: Sequence[torch.Generator], setting
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
         drop[..., -1] = False
         logits_BNV = logits_BNV.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    # The Gumbel trick: argmax(logits + Gumbel noise) is a draw from softmax(logits); -log(Exp(1)) is Gumbel noise.
-    # The clamp is there because exactly 0 is drawn now and then, and infinite noise would draw an excluded code.
-    noise = torch.stack([torch.empty(logits_BNV.shape[1:]).exponential_(generator=g) for g in generators])
-    return (logits_BNV - noise.clamp_(min=2**-25).log()).argmax(-1)
+    # Where a uniform number falls in the cumulative distribution; a little short of 1, so that rounding stays in range.
+    uniform = torch.stack([torch.rand(logits_BNV.shape[1:2], generator=g) for g in generators])
+    below = logits_BNV.softmax(-1).cumsum(-1)
+    reached = uniform.clamp_(max=1 - 2**-22).unsqueeze(-1) * below[..., -1:]
+    return torch.searchsorted(below, reached, right=True).squeeze(-1)
 
 
 def sample(

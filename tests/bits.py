@@ -36,6 +36,7 @@ class Bits(nn.Module):
     """A token's features are those of the sum of all coarser tokens, its position and the prompt's label."""
 
     family, classes, event, default_schedule = "bits", 2, (BITS,), SCHEDULE
+    shares_keys = False
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

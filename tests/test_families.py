@@ -84,7 +84,12 @@ def make_batch(policy: Policy, kind: Any, method: MethodConfig) -> Batch:
     mask = mask[:, schedule.span(plan.steps)]
     assert 0 < mask.mean() < 1
     return Batch(
-        drawn.trained, plan.steps, found.advantage_PG.flatten(), ~found.dropped_P.repeat_interleave(plan.group), mask
+        drawn.trained,
+        plan.steps,
+        found.advantage_PG.flatten(),
+        ~found.dropped_P.repeat_interleave(plan.group),
+        mask,
+        shared=plan.tails if kind == "suffix" else 1,
     )
 
 
@@ -223,6 +228,62 @@ def saved_bytes(policy: Policy, condition: Condition, actions: Tensor, m: int) -
         scores = log_probs(policy, condition, actions, range(m))
     assert scores.logp.requires_grad
     return sum(kept.values())
+
+
+@every
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("until", [1, 3])
+def test_a_prefilled_state_is_one_that_drew(family: Family, until: int, guidance: float) -> None:
+    policy = family.make()
+    condition = policy.condition(prompts(3))
+    actions = actions_of(policy, 3, condition.schedule.tokens)
+    state = policy.start(condition, guidance)
+    for step in range(until):
+        policy.next_logits(state)
+        policy.advance(state, actions[:, condition.schedule.tokens_of(step)])
+    with torch.no_grad():
+        read = policy.prefill(condition, actions, until, guidance)
+    assert (read.step, read.batch) == (until, 3)
+    rows = [2, 0, 2]
+    found, expected = (policy.next_logits(one.select(rows)) for one in (read, state))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@every
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_group_that_shares_its_prefix(family: Family, checkpointing: bool) -> None:
+    """Scored and differentiated as whole sequences are; the prefix is computed once a prompt."""
+    policy = family.make()
+    policy.trainable.checkpointing = checkpointing  # type: ignore[assignment]
+    schedule, steps, shared = policy.default_schedule, range(2, 4), 3
+    condition = policy.condition(prompts(2)).repeat(shared)
+    actions = actions_of(policy, 2 * shared, schedule.tokens)
+    before = schedule.offsets[2]
+    actions[:, :before] = actions[::shared, :before].repeat_interleave(shared, 0)
+    weight = torch.randn(2 * shared, schedule.tokens - before, generator=torch.Generator().manual_seed(0))
+
+    def run(**options: Any) -> tuple[Tensor, dict[str, Tensor], int]:
+        tokens: list[int] = []
+        hook = family.block(policy).register_forward_pre_hook(lambda _, given: tokens.append(given[0][..., 0].numel()))
+        policy.trainable.zero_grad()
+        logp = log_probs(policy, condition, actions, steps, **options).logp
+        hook.remove()
+        (logp * weight).sum().backward()
+        named = policy.trainable.named_parameters()
+        return logp.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}, sum(tokens)
+
+    logp, gradients, tokens = run()
+    shared_logp, shared_gradients, shared_tokens = run(shared=shared)
+    torch.testing.assert_close(shared_logp, logp, atol=1e-5, rtol=1e-5)
+    assert shared_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+    saved = (2 * shared - 2) * (before + family.text) if policy.shares_keys else 0
+    assert tokens - shared_tokens == saved
+    stopped_logp, stopped, _ = run(shared=shared, prefix_gradient=False)
+    torch.testing.assert_close(stopped_logp, logp, atol=1e-5, rtol=1e-5)
+    same = stopped.keys() == gradients.keys() and all(torch.equal(stopped[name], gradients[name]) for name in stopped)
+    assert same != policy.shares_keys
 
 
 @every

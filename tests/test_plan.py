@@ -109,7 +109,7 @@ def test_saved_activations(family: str, options: dict[str, Any], half: bool, che
         saved_storages([*module.parameters(), *module.buffers()]) as found,
     ):
         policy.hidden(condition, actions, range(len(schedule)))
-    shape = shape_of(policy, schedule)
+    shape = shape_of(policy, schedule, False)
     found = {key: t for key, t in found.items() if t.ndim and not _is_weight(t, policy)}
     expected = saved_bytes(shape, 2, shape.prompt + schedule.tokens, half, checkpointing)
     assert expected == pytest.approx(storage_bytes(found.values()), rel=0.15)

@@ -128,11 +128,29 @@ def test_generators_must_be_one_a_row() -> None:
         draw(torch.zeros(3, 1, 2), [torch.Generator(), torch.Generator()])
 
 
-def test_no_noise_draws_an_excluded_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without MKL, torch's exponential draws are exactly 0 once in 2^24: an infinite Gumbel noise.
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.zero_())
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0, 2)])
+def test_no_number_draws_an_excluded_class(uniform: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, **_: self.fill_(uniform))
     logits = torch.tensor([[[-math.inf, 1.0, 3.0, -math.inf]]])
-    assert draw(logits, torch.Generator()).item() == 2
+    assert draw(logits, torch.Generator()).item() == expected
+
+
+def test_a_sum_that_steps_up_at_an_excluded_class_does_not_draw_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unordered(p: torch.Tensor, _: int) -> torch.Tensor:
+        return torch.tensor([[0.0, 0.25, 0.5, 1.0]])
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", unordered)
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, **_: self.fill_(0.3))
+    assert draw(torch.tensor([[-math.inf, 1.0, -math.inf, 3.0]]), torch.Generator()).item() == 3
+
+
+def test_the_number_that_is_drawn_picks_the_class() -> None:
+    """Class i for numbers from the sum of the classes before it up to its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(50)]
+    uniform = torch.stack([torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in range(50)])
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = (uniform.unsqueeze(-1) >= torch.tensor([0.1, 0.3, 0.6])).sum(-1)
+    assert torch.equal(draw(p.log().expand(50, 3, 4), generators), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -144,6 +144,8 @@ class MethodConfig:
         continuations_by: who draws the continuations of a prefix update: the ``policy`` (the paper's way), or the
             ``reference``, whose log-mean-exp is the soft value of the paper's Definition 1.
         suffix_state: one prefix shared by a suffix group, or one of its own for each sample.
+        prefix_gradient: a shared prefix is computed once; its keys and values pass gradients on to the weights, so that
+            the update is exact. False stops them there: an approximation that spares the prefix's backward pass.
         advantage: how rewards of a group become advantages.
         alpha: exponent of the step weights k_t = 1 / n_t^alpha.
         rescale: divide by the sum of k_t n_t, so that alpha does not change the learning rate.
@@ -167,6 +169,7 @@ class MethodConfig:
     eta: float = 1.0
     continuations_by: Literal["policy", "reference"] = "policy"
     suffix_state: Literal["shared", "independent"] = "shared"
+    prefix_gradient: bool = True
     advantage: AdvantageKind = "std"
     alpha: float = 0.6
     rescale: bool = True

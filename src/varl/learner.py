@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Batch:
         advantage_B, valid_B: of every sequence; sequences that are not valid carry no term at all.
         mask_BL: propagated masks, or None.
         rate: factor on the learning rate.
+        shared: adjacent sequences whose tokens before ``steps`` are the same.
     """
 
     sequences: Rollout
@@ -41,6 +42,7 @@ class Batch:
     valid_B: Tensor
     mask_BL: Tensor | None = None
     rate: float = 1.0
+    shared: int = 1
 
 
 class Learner:
@@ -78,58 +80,91 @@ class Learner:
         """One optimizer step an epoch on a batch; returns what there is to log.
 
         A non-finite loss or gradient skips the step and is counted in ``skipped``; so does a batch in which no sequence
-        is valid, where momentum and weight decay alone would move the weights.
+        carries a term, where momentum and weight decay alone would move the weights.
         """
-        rows = torch.arange(len(batch.sequences)).split(self.micro_batch)
+        rows = self._micro_batches(batch)
+        with stage("reference"):
+            reference = [self._reference_logp(batch, part) for part in rows]
         old: dict[int, Tensor] = {}
         log: dict[str, Any] = {"skipped": 0}
         for epoch in range(self.method.epochs):
             self.optimizer.zero_grad(set_to_none=True)
             outputs: list[LossOutput] = []
-            entropies: list[Tensor] = []
+            scored: list[Scores] = []
             weights: list[Tensor] = []
             for index, part in enumerate(rows):
                 with stage("logp"):
-                    inputs, scores = self._inputs(batch, part, old.get(index))
+                    inputs, scores = self._inputs(batch, part, reference[index], old.get(index))
                 old.setdefault(index, inputs.logp_BL.detach())
                 with stage("backward"):
                     output = self._loss(inputs, len(batch.sequences))
                     if diagnose and epoch == 0 and index == 0:
-                        log["gradient_norm_by_step"] = self._norms_by_step(inputs, len(part))
+                        share = len(part) / sum(map(len, rows))
+                        log["gradient_norm_by_step"] = self._norms_by_step(inputs, share * len(batch.sequences))
                     output.loss.backward()
                 outputs.append(output)
                 weights.append(_policy_weight(inputs))
-                if scores.entropy is not None:
-                    entropies.append(scores.entropy)
+                scored.append(scores)
             with stage("optimizer"):
-                norm, taken = self._step(outputs, batch)
+                norm, taken = self._step(outputs, batch.rate)
             log["skipped"] += not taken
-            log |= _summary(outputs, batch, [int(batch.valid_B[part].sum()) for part in rows]) | {"gradient_norm": norm}
+            log["gradient_norm"] = norm
+            if not outputs:
+                return log | {"loss": 0.0}
+            log |= _summary(outputs, batch, [int(batch.valid_B[part].sum()) for part in rows])
             log["loss_share_by_step"] = self._share_by_step(torch.cat(weights), batch)
-            if entropies:
-                log["entropy_by_step"] = self._mean_by_step(torch.cat(entropies), batch)
+            if epoch == 0:
+                log["entropy_by_step"] = self._entropy_by_step(scored, batch)
         return log
 
-    def _inputs(self, batch: Batch, rows: Tensor, old_logp: Tensor | None) -> tuple[LossInput, Scores]:
-        method, steps = self.method, batch.steps
-        condition, actions = batch.sequences.condition.select(rows), batch.sequences.actions[rows]
-        exact = method.kl == "exact" and method.beta > 0
-        scores = log_probs(
-            self.policy,
-            condition,
-            actions,
-            steps,
+    def _micro_batches(self, batch: Batch) -> list[Tensor]:
+        """Rows of every forward and backward pass: those that carry a term, sequences that share a prefix together.
+
+        A sequence that is not valid carries none, nor does one without advantage where no KL is asked for.
+        """
+        carries = batch.valid_B if self.method.beta > 0 else batch.valid_B & (batch.advantage_B != 0)
+        groups = torch.arange(len(carries)).view(-1, batch.shared)[carries.view(-1, batch.shared).any(1)]
+        if batch.shared > self.micro_batch:
+            return [part for group in groups for part in group.split(self.micro_batch)]
+        return [part.flatten() for part in groups.split(self.micro_batch // batch.shared)] if len(groups) else []
+
+    def _scores(self, policy: Policy, batch: Batch, rows: Tensor, **options: Any) -> Scores:
+        sequences = batch.sequences
+        return log_probs(
+            policy,
+            sequences.condition.select(rows),
+            sequences.actions[rows],
+            batch.steps,
             guidance=self.guidance,
-            entropy=old_logp is None,
+            shared=min(batch.shared, len(rows)),
+            prefix_gradient=self.method.prefix_gradient,
+            **options,
+        )
+
+    def _reference_logp(self, batch: Batch, rows: Tensor) -> Tensor | None:
+        if self.reference is None or self.method.beta == 0 or self.method.kl == "exact":
+            return None
+        with torch.no_grad():
+            return self._scores(self.reference, batch, rows).logp
+
+    def _inputs(
+        self, batch: Batch, rows: Tensor, reference_logp: Tensor | None, old_logp: Tensor | None
+    ) -> tuple[LossInput, Scores]:
+        method, steps, schedule = self.method, batch.steps, batch.sequences.condition.schedule
+        counts = [schedule.counts[s] for s in steps]
+        mask = None if batch.mask_BL is None else batch.mask_BL[rows]
+        watched = None if old_logp is not None else _watched(counts)
+        exact = method.kl == "exact" and method.beta > 0
+        scores = self._scores(
+            self.policy,
+            batch,
+            rows,
+            keep=self._keep(mask, watched),
+            entropy=False if watched is None else watched,
             reference=self.reference if exact else None,
         )
-        reference_logp = None
-        if method.beta > 0 and not exact and self.reference is not None:
-            with torch.no_grad():
-                reference_logp = log_probs(self.reference, condition, actions, steps, guidance=self.guidance).logp
-        schedule, device = condition.schedule, scores.logp.device
-        counts = [schedule.counts[s] for s in steps]
-        mask = None if batch.mask_BL is None else batch.mask_BL[rows].to(device)
+        device = scores.logp.device
+        mask = None if mask is None else mask.to(device)
         plain = token_weights(counts, method.alpha, rescale=method.rescale, device=device)
         weight, kl_weight = plain, None
         if mask is not None and method.mask.count == "masked":
@@ -149,14 +184,23 @@ class Learner:
         )
         return inputs, scores
 
-    def _loss(self, inputs: LossInput, divisor: int) -> LossOutput:
-        m = self.method
-        return policy_loss(
-            inputs, clip=m.clip, beta=m.beta, kl=m.kl, mask_kl=m.mask.kl, ratio=m.ratio, divisor=float(divisor)
-        )
+    def _keep(self, mask: Tensor | None, watched: Tensor | None) -> Tensor | None:
+        """The tokens that the head must see, bool [B, L]; None for all.
 
-    def _norms_by_step(self, inputs: LossInput, divisor: int) -> list[float]:
-        """The norm of the parameters' gradient that each trained step's terms give, over one micro-batch."""
+        Only where unmasked tokens carry no term at all: no KL on them, no ratio of a whole step; and only on policy,
+        where the ratio of a token that was not scored is known to be 1.
+        """
+        m = self.method
+        if mask is None or m.epochs > 1 or m.ratio != "token" or (m.beta > 0 and not m.mask.kl):
+            return None
+        return mask > 0 if watched is None else (mask > 0) | watched
+
+    def _loss(self, inputs: LossInput, divisor: float) -> LossOutput:
+        m = self.method
+        return policy_loss(inputs, clip=m.clip, beta=m.beta, kl=m.kl, mask_kl=m.mask.kl, ratio=m.ratio, divisor=divisor)
+
+    def _norms_by_step(self, inputs: LossInput, divisor: float) -> list[float]:
+        """The norm of the parameters' gradient that each trained step's terms give, from one micro-batch."""
         norms = []
         step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
         for step in dict.fromkeys(step_of_token.tolist()):
@@ -168,14 +212,14 @@ class Learner:
             norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None)))
         return norms
 
-    def _step(self, outputs: list[LossOutput], batch: Batch) -> tuple[float, bool]:
+    def _step(self, outputs: list[LossOutput], rate: float) -> tuple[float, bool]:
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
         finite = math.isfinite(norm) and all(math.isfinite(o.loss.item()) for o in outputs)
-        if not (finite and bool(batch.valid_B.any())):
+        if not (finite and outputs):
             self.optimizer.zero_grad(set_to_none=True)
             return norm, False
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * batch.rate
+            group["lr"] = self.rate() * rate
         self.optimizer.step()
         # Autocast keeps its casts of the weights until it is left: the next epoch would score with the old ones.
         torch.clear_autocast_cache()
@@ -183,9 +227,12 @@ class Learner:
         return norm, True
 
     @staticmethod
-    def _mean_by_step(values_BL: Tensor, batch: Batch) -> list[float]:
+    def _entropy_by_step(scored: list[Scores], batch: Batch) -> list[float]:
+        """Means over the tokens that were watched."""
         counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
-        return [float(part.mean()) for part in values_BL.split(counts, 1)]
+        values, watched = torch.cat([cast(Tensor, s.entropy) for s in scored]), _watched(counts)
+        parts = zip(values.split(counts, 1), watched.split(counts), strict=True)
+        return [float(part[:, own].mean()) for part, own in parts]
 
     @staticmethod
     def _share_by_step(values_BL: Tensor, batch: Batch) -> list[float]:
@@ -199,6 +246,15 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps_taken = state["steps_taken"]
+
+
+WATCHED = 32
+"""Tokens of a step, evenly spaced, whose entropy is logged: enough for a mean, and no softmax is made for the rest."""
+
+
+def _watched(counts: list[int]) -> Tensor:
+    """Which tokens' entropy is logged, bool [L]."""
+    return torch.cat([torch.arange(n) * min(WATCHED, n) % n < min(WATCHED, n) for n in counts])
 
 
 def _policy_weight(inputs: LossInput) -> Tensor:

@@ -162,8 +162,8 @@ def saved_bytes(shape: Shape, rows: int, tokens: int, half: bool, checkpointing:
     return edges + shape.depth * block_bytes(shape, rows, tokens, half)
 
 
-def shape_of(policy: Policy, schedule: ScaleSchedule) -> Shape:
-    """The shape of a policy, which may be on the meta device."""
+def shape_of(policy: Policy, schedule: ScaleSchedule, half: bool) -> Shape:
+    """The shape of a policy, which may be on the meta device, that computes in bf16 (``half``) or fp32."""
     model: Any = policy.trainable
     blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
     layers = dict(blocks[0].named_modules())
@@ -171,19 +171,18 @@ def shape_of(policy: Policy, schedule: ScaleSchedule) -> Shape:
     saved, prompt, text = SAVED[policy.family], 0, 0
     config: Any = getattr(model, "config", None)
     tokenizer = cast(Any, policy).tokenizer
-    extent: tuple[int, ...] = ()
+    kept_width, positions = enter.in_features, schedule.tokens
     if policy.family == "infinity":
-        text, extent = config.text_maxlen, (schedule.tokens,)
+        text = config.text_maxlen
     elif policy.family == "switti":
         text = 77
         if config.use_swiglu_ffn:
             saved = replace(saved, ffn=GATED)
     elif policy.family == "tokenflow":
         prompt = config.max_text_token_num + len(config.img_open_ids or range(4))
-        extent = (prompt,)
-    with torch.device("meta"):
-        cache = model.new_cache(1, *extent)
-    state = 0 if cache is None else 2 * cache.keys.nbytes
+        kept_width, positions = config.key_heads * config.head_width, positions + prompt - 1
+    elements = 2 * len(blocks) * positions * kept_width if getattr(policy, "shares_keys", True) else 0
+    state = elements * (2 if half else 4)
     if policy.family == "switti":
         state += len(blocks) * 2 * text * enter.in_features * 4
     kept = getattr(tokenizer, "config", None)
@@ -211,7 +210,8 @@ def estimate(config: TrainConfig) -> Estimate:
     with torch.device("meta"):
         policy = load_policy(config.policy.family, config.policy.config, "random")
     schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
-    shape, lora = shape_of(policy, schedule), config.policy.lora
+    half = config.policy.precision == "bfloat16"
+    shape, lora = shape_of(policy, schedule, half), config.policy.lora
     weights = _bytes(policy.trainable)
     trained = sum(p.numel() for p in policy.trainable.parameters() if p.requires_grad)
     adapters = adapter_parameters(policy, lora) if lora.rank else 0

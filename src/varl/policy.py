@@ -96,20 +96,23 @@ class State(Protocol):
 class Policy(Protocol):
     """What a family fulfils; a policy is also a ``torch.nn.Module``.
 
-    ``hidden`` is teacher-forced and differentiable: for the tokens of ``steps`` it returns what the head needs,
-    [batch, tokens of steps, width], computing no token of a later step. ``logits`` is the head, on any leading shape:
-    [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens, *event,
-    classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps only
-    (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
+    ``hidden`` is teacher-forced and differentiable: for the tokens of ``steps`` it returns what the head needs, [batch,
+    tokens of steps, width], computing no token of a later step. ``prefill`` is the state after given actions, from one
+    such pass; with gradients, ``hidden`` may go on from it for a whole group. ``logits`` is the head, on any leading
+    shape: [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens,
+    *event, classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps
+    only (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
     ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes; where it has an
     attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass. ``lora_targets``
-    names the linear layers (ends of their full names) on which adapters matter.
+    names the linear layers (ends of their full names) on which adapters matter. ``shares_keys``: whether a step reads
+    the keys and values of the steps before it; if not, there is nothing of a prefix to share.
     """
 
     family: str
     classes: int
     event: tuple[int, ...]
     lora_targets: tuple[str, ...]
+    shares_keys: bool
 
     @property
     def default_schedule(self) -> ScaleSchedule: ...
@@ -128,6 +131,8 @@ class Policy(Protocol):
     def next_logits(self, state: Any) -> Tensor: ...
 
     def advance(self, state: Any, actions: Tensor) -> None: ...
+
+    def prefill(self, condition: Condition, actions: Tensor, until: int, guidance: float = 0.0) -> Any: ...
 
     def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: Any = None) -> Tensor: ...
 

@@ -135,11 +135,6 @@ def replay(policy: Policy, condition: Condition, actions: Tensor, until: int, gu
     Raises:
         ValueError: if the actions do not cover the steps.
     """
+    state = policy.prefill(condition, actions, until, guidance)
     span = condition.schedule.span(range(until))
-    if actions.shape[1] < span.stop:
-        raise ValueError(f"{until} steps need {span.stop} tokens, the actions have {actions.shape[1]}")
-    state = policy.start(condition, guidance)
-    for step in range(until):
-        policy.next_logits(state)
-        policy.advance(state, actions[:, condition.schedule.tokens_of(step)])
     return Rollout(condition, actions[:, span], until, state=state, guidance=guidance)

@@ -77,8 +77,9 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | None = None) -> Tensor:
     """One independent draw per position, from already filtered logits.
 
-    By the Gumbel trick; with one generator a row, a row's draws do not depend on the batch it is in. The noise is made
-    where the generators live, so that generators of the CPU draw the same from logits on any device.
+    By inverting the cumulative distribution at one uniform number a position; with one generator a row, a row's draws
+    do not depend on the batch it is in. The numbers are made where the generators live, so that generators of the CPU
+    draw the same from logits on any device.
 
     Args:
         logits: [batch, ..., classes].
@@ -89,14 +90,22 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
     """
     first = generators[0] if isinstance(generators, list) and generators else generators
     device = first.device if isinstance(first, torch.Generator) else logits.device
-    noise = torch.empty(logits.shape, dtype=torch.float32, device=device)
+    uniform = torch.empty(logits.shape[:-1], dtype=torch.float32, device=device)
     if isinstance(generators, list):
         if len(generators) != len(logits):
             raise ValueError(f"{len(generators)} generators were given for {len(logits)} rows")
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
+        for row, generator in zip(uniform, generators, strict=True):
+            row.uniform_(generator=generator)
     else:
-        noise.exponential_(generator=generators)
-    # Without MKL, torch draws exactly 0 once in 2^24: infinite noise, which would draw any class, even an excluded one.
-    noise.clamp_(min=2**-25)
-    return (logits.float() - noise.log().to(logits.device)).argmax(-1)
+        uniform.uniform_(generator=generators)
+    # Two units below 1 at most, so that rounding cannot take the product up to the whole sum, behind the last class.
+    uniform.clamp_(max=1 - 2**-22)
+    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    below = p.cumsum(-1)
+    reached = uniform.to(logits.device).unsqueeze(-1) * below[..., -1:]
+    drawn = torch.searchsorted(below, reached, right=True)
+    # A sum made in parallel may step up where a class has no probability.
+    impossible = p.gather(-1, drawn) == 0
+    if impossible.any():
+        drawn = torch.where(impossible, p.argmax(-1, keepdim=True), drawn)
+    return drawn.squeeze(-1)

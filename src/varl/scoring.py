@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,10 @@ def log_probs(
     guidance: Sampling | None = None,
     *,
     prefix: Any = None,
+    shared: int = 1,
+    prefix_gradient: bool = True,
     per_event: bool = False,
-    entropy: bool = False,
+    entropy: bool | Tensor = False,
     reference: Policy | None = None,
     chunk: int = 8192,
 ) -> Scores:
@@ -55,19 +58,24 @@ def log_probs(
             the policy's own conditional one. The scored action always counts as part of the support: rounding, or a
             gradient step since it was drawn, may have moved it out.
         prefix: see ``Policy.hidden``.
+        shared: adjacent rows whose tokens before ``steps`` are the same; their prefix is computed once for all of them.
+        prefix_gradient: with ``shared``, let gradients reach the weights through the prefix too, as they do without it.
+            False is an approximation that spends nothing on the prefix backward.
         per_event: return log-probabilities per event rather than summed to the token.
-        entropy: also return entropies.
+        entropy: also return entropies; or bool [L], the tokens to return them of.
         reference: also return the exact KL to this policy, over the policy's support.
         chunk: tokens the head is run on at once; logits are recomputed in the backward pass if there are several.
 
     Raises:
-        ValueError: if the actions do not cover the steps.
+        ValueError: if the actions do not cover the steps, or ``shared`` does not divide the rows.
     """
     schedule = condition.schedule
     steps = range(len(schedule)) if steps is None else steps
     span = schedule.span(steps)
     if actions.shape[1] < span.stop:
         raise ValueError(f"steps {steps} need {span.stop} tokens, the actions have {actions.shape[1]}")
+    if len(actions) % shared:
+        raise ValueError(f"{len(actions)} rows are no groups of {shared} that share a prefix")
     wanted = actions[:, span]
     if keep is not None and keep.ndim == 1:
         keep = keep.expand(wanted.shape[:2])
@@ -77,12 +85,19 @@ def log_probs(
         return hidden.flatten(0, 1) if keep is None else hidden[keep]
 
     def features(model: Policy, given: Any) -> list[Tensor]:
-        rows = [pick(model.hidden(condition, actions, steps, given))]
+        rows = [pick(model.hidden(condition, actions, steps, given or before(model, condition)))]
         if weight is not None:
             null = {k: v.expand(condition.batch, *v.shape[1:]) for k, v in condition.null.items()}
             unconditional = Condition(schedule, null, condition.null)
-            rows.append(pick(model.hidden(unconditional, actions, steps)))
+            rows.append(pick(model.hidden(unconditional, actions, steps, before(model, unconditional))))
         return rows
+
+    def before(model: Policy, condition: Condition) -> Any:
+        if shared == 1 or steps.start == 0 or not model.shares_keys:
+            return None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and prefix_gradient):
+            first = condition.select(range(0, len(actions), shared))
+            return model.prefill(first, actions[::shared], steps.start)
 
     inputs = features(policy, prefix)
     if reference is not None:
@@ -90,40 +105,48 @@ def log_probs(
             inputs += features(reference, None)
     target = pick(wanted)
     ramp = None if weight is None else pick(weight.expand(wanted.shape[:2]))
+    of = entropy.expand(wanted.shape[:2]) if isinstance(entropy, Tensor) else None
+    asked = None if of is None else pick(of)
 
-    def score(target: Tensor, ramp: Tensor | None, hidden: list[Tensor]) -> tuple[Tensor, ...]:
+    def score(
+        target: Tensor, ramp: Tensor | None, asked: Tensor | None, hidden: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         half = len(hidden) if reference is None else len(hidden) // 2
         logits = _logits(policy, hidden[:half], ramp)
         support = _support(logits, target, guidance)
         logp = _normalised(logits, guidance, support)
-        out = [logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)]
-        p = logp.exp()
-        if entropy:
-            out.append(_per_token(-_expectation(p.detach(), logp.detach())))
+        chosen = logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        entropies = kl = None
+        if entropy is not False:
+            entropies = _entropy(logp.detach() if asked is None else logp.detach()[asked])
         if reference is not None:
             with torch.no_grad():
                 reference_logp = _normalised(_logits(reference, hidden[half:], ramp), guidance, support)
-            out.append(_per_token(_expectation(p, logp - reference_logp)))
-        return tuple(out)
+            kl = _per_token(_expectation(logp.exp(), logp - reference_logp))
+        return chosen, entropies, kl
 
     several = len(target) > chunk and torch.is_grad_enabled()
     pieces = []
     for start in range(0, max(len(target), 1), chunk):
         part = slice(start, start + chunk)
-        arguments = (target[part], None if ramp is None else ramp[part], [h[part] for h in inputs])
+        ramp_part, asked_part = (None if x is None else x[part] for x in (ramp, asked))
+        arguments = (target[part], ramp_part, asked_part, [h[part] for h in inputs])
         pieces.append(checkpoint(score, *arguments, use_reentrant=False) if several else score(*arguments))
-    joined = [torch.cat(values) for values in zip(*pieces, strict=True)]
+    logp, entropies, kl = zip(*pieces, strict=True)
 
-    def spread(values: Tensor) -> Tensor:
-        shape = (*wanted.shape[:2], *values.shape[1:])
-        return (
-            values.view(shape) if keep is None else values.new_zeros(shape).masked_scatter(_like(keep, shape), values)
-        )
+    def spread(values: tuple[Tensor, ...], where: Tensor | None) -> Tensor:
+        joined = torch.cat(values) if per_event or values is not logp else _per_token(torch.cat(values))
+        shape = (*wanted.shape[:2], *joined.shape[1:])
+        if where is None:
+            return joined.view(shape)
+        return joined.new_zeros(shape).masked_scatter(_like(where, shape), joined)
 
+    if of is not None and keep is not None:
+        of = of & keep
     return Scores(
-        logp=spread(joined[0] if per_event else _per_token(joined[0])),
-        entropy=spread(joined[1]) if entropy else None,
-        kl=spread(joined[-1]) if reference is not None else None,
+        spread(logp, keep),
+        spread(entropies, keep if of is None else of) if entropy is not False else None,
+        spread(kl, keep) if reference is not None else None,
     )
 
 
@@ -134,6 +157,12 @@ def _like(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _per_token(values: Tensor) -> Tensor:
     """[N, *event] summed to [N]."""
     return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+
+@torch.no_grad()
+def _entropy(logp: Tensor) -> Tensor:
+    """[N, *event, classes] to [N]."""
+    return _per_token(-_expectation(logp.exp(), logp))
 
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:

@@ -173,6 +173,7 @@ class Trainer:
             valid_B=~advantages.dropped_P.repeat_interleave(plan.group),
             mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
+            shared=plan.tails if plan.kind == "suffix" else 1,
         )
         record = self._record(plan, output, value_PG, advantages)
         with self.precision():

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import KeyValueCache, PrefixKeys, attend_by_scale, run_block
 
 COUNTS = [1, 4, 6]
 STEP = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
@@ -32,7 +32,7 @@ def test_queries_after_a_prefix(first: int) -> None:
 
 
 def cache() -> KeyValueCache:
-    return KeyValueCache(LAYERS, ROWS, HEADS, TOKENS, WIDTH, torch.zeros(1))
+    return KeyValueCache(LAYERS, TOKENS)
 
 
 def test_what_is_written_is_returned() -> None:
@@ -48,21 +48,43 @@ def test_what_is_written_is_returned() -> None:
     assert torch.equal(own.values[1], v - 1)
 
 
-def test_nothing_is_stored_while_gradients_are_recorded() -> None:
+def test_a_cache_takes_the_type_of_its_first_keys() -> None:
     _, k, v = qkv()
     own = cache()
-    own.keys.zero_()
-    with torch.no_grad():
-        own.write(0, 0, k[:, :, :5], v[:, :, :5])
-    before = own.keys.clone()
-    new = k[:, :, 5:].clone().requires_grad_()
-    keys, values = own.write(0, 5, new, v[:, :, 5:])
-    assert torch.equal(own.keys, before)
-    assert not own.keys.requires_grad
-    assert torch.equal(keys, k)
-    assert torch.equal(values, v)
-    keys.sum().backward()
-    assert torch.equal(new.grad, torch.ones_like(new))
+    own.write(0, 0, k.bfloat16(), v.bfloat16())
+    assert own.keys.dtype == own.values.dtype == torch.bfloat16
+    own = cache()
+    with torch.autocast("cpu", torch.bfloat16):
+        own.write(0, 0, k, v)
+    assert own.keys.dtype == own.values.dtype == torch.bfloat16
+
+
+def test_a_prefix_read_by_several_rows_gets_the_gradients_of_all() -> None:
+    _, k, v = qkv()
+    known, new = k[:2, :, :5].clone().requires_grad_(), k[:, :, 5:].clone()
+    prefix = PrefixKeys()
+    kept, _ = prefix.write(0, 0, known, v[:2, :, :5])
+    assert kept is known
+    rows = torch.cat([new, new[:1]])
+    keys, values = prefix.shared(2, 2).write(0, 5, rows, torch.cat([v, v[:1]])[:, :, 5:])
+    assert torch.equal(keys, torch.cat([known.detach()[[0, 0, 1, 1]], rows], 2))
+    assert torch.equal(values[:, :, :5], v[[0, 0, 1, 1], :, :5])
+    weight = torch.randn(keys.shape, generator=torch.Generator().manual_seed(2))
+    (keys * weight).sum().backward()
+    assert known.grad is not None
+    torch.testing.assert_close(known.grad, weight[:, :, :5].unflatten(0, (2, 2)).sum(1))
+
+
+def test_the_prefix_of_a_cache_is_its_first_rows() -> None:
+    _, k, v = qkv()
+    own = cache()
+    for layer in range(LAYERS):
+        own.write(layer, 0, k[:, :, :5] + layer, v[:, :, :5])
+    prefix = own.shared(2, 1)
+    assert [tuple(kept.shape) for kept in prefix.keys] == [(2, HEADS, 5, WIDTH)] * LAYERS
+    keys, values = prefix.write(1, 5, k[:2, :, 5:] + 1, v[:2, :, 5:])
+    assert torch.equal(keys, k[:2] + 1)
+    assert torch.equal(values, v[:2])
 
 
 def test_selected_rows_are_copies() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["KeyValueCache", "attend_by_scale", "attend_within_scale", "run_block"]
+__all__ = ["Cache", "KeyValueCache", "PrefixKeys", "attend_by_scale", "attend_within_scale", "run_block"]
 
 
 def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
@@ -21,29 +21,33 @@ def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
 
 
 class KeyValueCache:
-    """Keys and values of all layers, allocated once for a whole schedule.
+    """Keys and values of all layers, for drawing: allocated once for a whole schedule, as the first ones are written.
 
     Args:
-        layers, rows, heads, tokens, head_width: the shape.
-        like: a tensor that gives dtype and device.
+        layers, tokens: how many.
 
     Attributes:
+        keys, values: [layers, rows, heads, tokens, head width], of the type that attention computes in: that of the first
+            keys, or autocast's.
         filled: positions that hold something: the end of the last write.
     """
 
-    def __init__(self, layers: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor) -> None:
-        self.keys = like.new_empty(layers, rows, heads, tokens, head_width)
-        self.values = torch.empty_like(self.keys)
-        self.filled = 0
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layers: int, tokens: int) -> None:
+        self.layers, self.tokens, self.filled = layers, tokens, 0
 
     def write(self, layer: int, start: int, keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of positions from ``start`` on; return all up to their end.
-
-        While gradients are recorded nothing is stored: autograd forbids writing in place.
-        """
-        if torch.is_grad_enabled():
-            known = self.keys[layer, :, :, :start], self.values[layer, :, :, :start]
-            return torch.cat([known[0], keys_BHLD], 2), torch.cat([known[1], values_BHLD], 2)
+        """Store the keys and values of positions from ``start`` on; return all up to their end."""
+        if not hasattr(self, "keys"):
+            rows, heads, _, width = keys_BHLD.shape
+            device, dtype = keys_BHLD.device, values_BHLD.dtype
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            shape = (self.layers, rows, heads, self.tokens, width)
+            self.keys = torch.empty(shape, dtype=dtype, device=device)
+            self.values = torch.empty_like(self.keys)
         end = start + keys_BHLD.shape[2]
         self.keys[layer, :, :, start:end] = keys_BHLD
         self.values[layer, :, :, start:end] = values_BHLD
@@ -52,14 +56,57 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> KeyValueCache:
         """A new cache with the given rows; only positions that are filled are copied."""
-        chosen = object.__new__(KeyValueCache)
-        layers, _, heads, tokens, width = self.keys.shape
-        chosen.keys = self.keys.new_empty(layers, len(rows), heads, tokens, width)
-        chosen.values = torch.empty_like(chosen.keys)
-        chosen.filled = self.filled
-        chosen.keys[:, :, :, : self.filled] = self.keys[:, rows, :, : self.filled]
-        chosen.values[:, :, :, : self.filled] = self.values[:, rows, :, : self.filled]
+        chosen = KeyValueCache(self.layers, self.tokens)
+        if self.filled:
+            _, _, heads, tokens, width = self.keys.shape
+            chosen.keys = self.keys.new_empty(self.layers, len(rows), heads, tokens, width)
+            chosen.values = torch.empty_like(chosen.keys)
+            chosen.filled = self.filled
+            chosen.keys[:, :, :, : self.filled] = self.keys[:, rows, :, : self.filled]
+            chosen.values[:, :, :, : self.filled] = self.values[:, rows, :, : self.filled]
         return chosen
+
+    def shared(self, rows: int, copies: int) -> PrefixKeys:
+        """The first ``rows`` rows, each for ``copies`` adjacent rows that go on from it."""
+        keys, values = (list(x[:, :rows, :, : self.filled]) for x in (self.keys, self.values))
+        return PrefixKeys(keys, values, copies)
+
+
+class PrefixKeys:
+    """Keys and values of a prefix, with their graph if there is one, that many rows read and none changes.
+
+    Used as a cache twice: by the pass over the prefix, which starts at position 0 and leaves its keys here, and by the
+    pass over what follows, for a batch of ``copies`` times as many rows.
+
+    Attributes:
+        keys, values: of each layer, [rows, heads, positions, head width].
+        copies: adjacent rows that go on from each row.
+    """
+
+    def __init__(self, keys: list[Tensor] | None = None, values: list[Tensor] | None = None, copies: int = 1) -> None:
+        self.keys, self.values, self.copies = keys or [], values or [], copies
+
+    def write(self, layer: int, start: int, keys_BHLD: Tensor, values_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of all positions up to the end of the given ones, which start at ``start``."""
+        if start == 0:
+            # A checkpointed block comes here again in the backward pass: what the first pass left holds the graph.
+            if layer == len(self.keys):
+                self.keys.append(keys_BHLD)
+                self.values.append(values_BHLD)
+            return keys_BHLD, values_BHLD
+        return self._join(self.keys[layer], keys_BHLD), self._join(self.values[layer], values_BHLD)
+
+    def _join(self, known_RHLD: Tensor, new_BHLD: Tensor) -> Tensor:
+        known = known_RHLD.unsqueeze(1).expand(-1, self.copies, -1, -1, -1)
+        return torch.cat([known, new_BHLD.unflatten(0, (-1, self.copies))], 3).flatten(0, 1)
+
+    def shared(self, rows: int, copies: int) -> PrefixKeys:
+        """The same, for ``copies`` adjacent rows that go on from each."""
+        return PrefixKeys(self.keys, self.values, copies)
+
+
+Cache = KeyValueCache | PrefixKeys
+"""What attention writes its keys and values to, and reads those of coarser grids from."""
 
 
 def attend_by_scale(

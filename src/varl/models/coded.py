@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache
+from varl.models.blocks import Cache, KeyValueCache
+from varl.models.forcing import TeacherForced
 from varl.models.parts import read_part
 from varl.models.quantizer import resize_area
 from varl.models.state import DrawState
@@ -33,10 +34,10 @@ class GridTransformer(Protocol):
     head: nn.Module
 
     def __call__(
-        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: KeyValueCache | None = None
+        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: Cache | None = None
     ) -> Tensor: ...
 
-    def new_cache(self, rows: int) -> KeyValueCache | None: ...
+    def new_cache(self) -> KeyValueCache | None: ...
 
     def prepare(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What of the condition is computed once for a whole drawing, beside the condition itself."""
@@ -88,21 +89,16 @@ def soft_codes(logits: Tensor, ratio: float, generator: torch.Generator | None =
     return ((logits * (1 + ratio) + noise) / temperature).softmax(-1)
 
 
-class CodedPolicy(nn.Module):
+class CodedPolicy(TeacherForced):
     """See ``varl.policy.Policy`` for the contract; families add the condition and what their options change.
 
     Args:
         transformer: what reinforcement learning tunes.
         tokenizer: frozen.
-
-    Attributes:
-        shares_keys: whether a step attends to the steps before it. If not, a step costs the same with and without a
-            prefix, and states hold no cache.
     """
 
     family: str
     event: tuple[int, ...] = ()
-    shares_keys = True
 
     def __init__(self, transformer: nn.Module, tokenizer: VQVAE) -> None:
         super().__init__()
@@ -167,7 +163,7 @@ class CodedPolicy(nn.Module):
             passes, copies = {name: torch.cat([value, null[name]]) for name, value in passes.items()}, 2
         passes = {**passes, **self._model.prepare(passes)}
         drawn = {"total": self.tokenizer.quantize.empty(batch)}
-        cache = self._model.new_cache(copies * batch)
+        cache = self._model.new_cache()
         return DrawState(condition.schedule, passes, drawn, cache, copies, guidance)
 
     @torch.no_grad()
@@ -204,34 +200,20 @@ class CodedPolicy(nn.Module):
         state.step += 1
 
     def _hidden(
-        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: KeyValueCache | None
+        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: Cache | None
     ) -> Tensor:
         return self._model(condition, inputs, steps, cache)
 
-    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: DrawState | None = None) -> Tensor:
-        """Teacher-forced features of the tokens of ``steps``: [batch, tokens, width].
-
-        Args:
-            actions: [batch, tokens], at least all steps before the last of ``steps``.
-            prefix: a state at ``steps.start`` whose cached keys and values stand for the coarser steps; they carry no
-                gradient. Each of its rows serves as many adjacent rows of the batch. Without it the coarser steps are
-                computed, with gradient.
-        """
-        if prefix is not None and prefix.step != steps.start:
-            raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
-        if prefix is not None and len(actions) % prefix.batch:
-            raise ValueError(f"{len(actions)} rows of actions cannot go on from the {prefix.batch} of the prefix")
-        schedule = self._check(condition.schedule)
-        start = 0 if prefix is None and self.shares_keys else steps.start
+    def features(self, condition: Condition, actions: Tensor, steps: range, cache: Cache | None) -> Tensor:
+        """See ``TeacherForced``."""
+        known = actions[:, : self._check(condition.schedule).offsets[steps.stop - 1]]
         with torch.no_grad():
-            known = actions[:, : schedule.offsets[steps.stop - 1]]
             maps = self.tokenizer.quantize.accumulate(known, steps.stop)[1] if known.shape[1] else []
-        cache = None
-        if prefix is not None and prefix.cache is not None:
-            rows = torch.arange(prefix.batch, device=actions.device)
-            cache = prefix.cache.select(rows.repeat_interleave(len(actions) // prefix.batch))
-        x = self._hidden(condition.features, maps[max(start - 1, 0) :], range(start, steps.stop), cache)
-        return x[:, schedule.offsets[steps.start] - schedule.offsets[start] :]
+        return self._hidden(condition.features, maps[max(steps.start - 1, 0) :], steps, cache)
+
+    def drawn(self, actions: Tensor, schedule: ScaleSchedule, steps: int) -> dict[str, Tensor]:
+        """See ``TeacherForced``."""
+        return {"total": self.tokenizer.quantize.features(actions)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., width] -> [..., classes], in fp32."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from varl.models.blocks import KeyValueCache
+from varl.models.blocks import Cache, KeyValueCache
 from varl.schedule import ScaleSchedule
 
 __all__ = ["DrawState"]
@@ -24,7 +24,8 @@ class DrawState:
         schedule: the grids.
         passes: tensors with a row for every row of the transformer, [copies * batch, ...]: the condition.
         drawn: tensors with a row for every sequence, [batch, ...]: what was drawn so far, as features.
-        cache: keys and values, [copies * batch] rows; None for a family whose scales share none.
+        cache: keys and values, [copies * batch] rows; None for a family whose scales share none. What ``prefill`` made
+            with gradients can be scored from, not drawn from.
         copies: 2 with guidance, 1 without.
         guidance: as in ``varl.Sampling``.
         step: the next step to draw.
@@ -33,7 +34,7 @@ class DrawState:
     schedule: ScaleSchedule
     passes: dict[str, Tensor]
     drawn: dict[str, Tensor]
-    cache: KeyValueCache | None
+    cache: Cache | None
     copies: int = 1
     guidance: float = 0.0
     step: int = 0
@@ -48,6 +49,8 @@ class DrawState:
 
     def select(self, rows: Tensor | Sequence[int]) -> DrawState:
         """The given rows, in that order (repeats allowed); the original stays usable."""
+        if self.cache is not None and not isinstance(self.cache, KeyValueCache):
+            raise ValueError("a prefix that was read with gradients can be scored from, not drawn from")
         index = torch.as_tensor(rows, device=next(iter(self.drawn.values())).device)
         both = torch.cat([index + copy * self.batch for copy in range(self.copies)])
         return replace(

@@ -169,7 +169,7 @@ def test_a_shared_prefix_gives_the_same_features(policy: Infinity, condition: Co
         policy.hidden(made.condition, made.actions, range(1, 4), start.state)
     with pytest.raises(ValueError, match="5 rows"):
         policy.hidden(made.condition, made.actions[:5], steps, start.state)
-    with pytest.raises(ValueError, match="read 11 tokens"):
+    with pytest.raises(ValueError, match="need 11 tokens"):
         policy.hidden(made.condition, made.actions[:, :5], steps)
 
 

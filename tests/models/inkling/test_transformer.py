@@ -64,7 +64,7 @@ def test_the_first_steps_alone(model: Transformer, last: int) -> None:
 def test_step_by_step_with_a_cache(model: Transformer) -> None:
     cells, maps = made()
     with torch.no_grad():
-        whole, cache = model(cells, maps, range(4)), model.new_cache(2)
+        whole, cache = model(cells, maps, range(4)), model.new_cache()
         parts = [model(cells, maps[max(s - 1, 0) : s], range(s, s + 1), cache) for s in range(4)]
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
         # Two steps at once from the same cache.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale
+from varl.models.blocks import Cache, attend_by_scale
 from varl.models.infinity.config import TransformerConfig
 from varl.models.infinity.rope import rotate
 
@@ -40,7 +40,7 @@ class SelfAttention(Normalizing):
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x_BLC: Tensor, rotary: Tensor, counts: list[int], cache: KeyValueCache | None, layer: int, start: int
+        self, x_BLC: Tensor, rotary: Tensor, counts: list[int], cache: Cache | None, layer: int, start: int
     ) -> Tensor:
         qkv = self.mat_qkv(x_BLC) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, run_block
+from varl.models.blocks import Cache, KeyValueCache, run_block
 from varl.models.infinity.attention import CrossAttention, SelfAttention, TextPool
 from varl.models.infinity.config import TransformerConfig
 from varl.models.infinity.rope import rotary_table
@@ -96,7 +96,7 @@ class Block(nn.Module):
         mask: Tensor,
         rotary: Tensor,
         counts: list[int],
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         layer: int,
         start: int,
     ) -> Tensor:
@@ -227,10 +227,9 @@ class Transformer(nn.Module):
                 weight[: 2 * width].mul_(5e-6)
                 weight[2 * width :].mul_(1e-3)
 
-    def new_cache(self, rows: int, tokens: int) -> KeyValueCache:
+    def new_cache(self, tokens: int) -> KeyValueCache:
         """Room for the keys and values of a whole schedule."""
-        width = self.config.embed_dim // self.config.num_heads
-        return KeyValueCache(self.config.depth, rows, self.config.num_heads, tokens, width, self.word_embed.weight)
+        return KeyValueCache(self.config.depth, tokens)
 
     def rotary(self, schedule: ScaleSchedule, steps: range) -> Tensor:
         """cos and sin for the tokens of ``steps``: fp32 [2, L, head width / 2]; kept for the next call."""
@@ -264,7 +263,7 @@ class Transformer(nn.Module):
         inputs: list[Tensor],
         schedule: ScaleSchedule,
         steps: range,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         after: After | None = None,
     ) -> Tensor:
         """Features of the tokens of ``steps``, ready for the head: fp32 [B, L, C].

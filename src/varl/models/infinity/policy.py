@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from varl.models.blocks import Cache
+from varl.models.forcing import TeacherForced
 from varl.models.infinity.bits import BitQuantizer, Corrupt
 from varl.models.infinity.condition import Features, TextEncoder, make_condition, split_features
 from varl.models.infinity.config import InfinityConfig
@@ -22,7 +24,7 @@ from varl.schedule import ScaleSchedule
 __all__ = ["Infinity"]
 
 
-class Infinity(nn.Module):
+class Infinity(TeacherForced):
     """The bitwise next-scale policy. See ``varl.policy.Policy`` for the contract its methods fulfil.
 
     Args:
@@ -127,7 +129,7 @@ class Infinity(nn.Module):
             null = {name: value.expand(batch, *value.shape[1:]) for name, value in condition.null.items()}
             passes.append(self.transformer.read(null))
         rows = {name: torch.cat([one[name] for one in passes]) for name in passes[0]}
-        cache = self.transformer.new_cache(len(passes) * batch, schedule.tokens)
+        cache = self.transformer.new_cache(schedule.tokens)
         drawn = {"total": self.quantizer.empty(batch, schedule, self._device)}
         return DrawState(schedule, rows, drawn, cache, len(passes), guidance)
 
@@ -214,41 +216,22 @@ class Infinity(nn.Module):
             self.advance(state, drawn[-1])
         return torch.cat(drawn, 1)
 
-    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: DrawState | None = None) -> Tensor:
-        """Teacher-forced features of the tokens of ``steps``: fp32 [batch, tokens, width].
-
-        With ``tau_list`` a last channel holds each token's 1 / tau.
-
-        Args:
-            actions: [batch, tokens, bits], at least all steps before the last of ``steps``.
-            prefix: a state at ``steps.start`` whose cached keys and values stand for the coarser steps; they carry no
-                gradient. Each of its rows serves as many adjacent rows of the batch. Without it the coarser steps are
-                computed, with gradient.
-        """
+    def features(self, condition: Condition, actions: Tensor, steps: range, cache: Cache | None) -> Tensor:
+        """See ``TeacherForced``; with ``tau_list`` a last channel holds each token's 1 / tau."""
         schedule = condition.schedule
-        start = steps.start if prefix is not None else 0
-        if prefix is not None and prefix.step != steps.start:
-            raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
-        if prefix is not None and len(actions) % prefix.batch:
-            raise ValueError(f"{len(actions)} rows of actions cannot go on from the {prefix.batch} of the prefix")
-        coarser = schedule.offsets[steps.stop - 1]
-        if actions.shape[1] < coarser:
-            raise ValueError(f"steps {steps} read {coarser} tokens, the actions have {actions.shape[1]}")
+        known = actions[:, : schedule.offsets[steps.stop - 1]]
         with torch.no_grad():
-            known = actions[:, :coarser]
-            inputs = self.quantizer.accumulate(known, schedule, steps.stop)[1][max(start - 1, 0) :]
-        cache = None
-        if prefix is not None and prefix.cache is not None:
-            rows = torch.arange(prefix.batch).repeat_interleave(len(actions) // prefix.batch)
-            cache = prefix.cache.select(rows)
-        passes = self.transformer.read(condition.features)
-        x = self.transformer(passes, inputs, schedule, range(start, steps.stop), cache)
-        x = x[:, schedule.offsets[steps.start] - schedule.offsets[start] :]
+            inputs = self.quantizer.accumulate(known, schedule, steps.stop)[1][max(steps.start - 1, 0) :]
+        x = self.transformer(self.transformer.read(condition.features), inputs, schedule, steps, cache)
         if self.config.tau_list is None:
             return x
         taus = [self._tau(schedule, step) for step in steps for _ in range(schedule.counts[step])]
         inverse = 1 / torch.tensor(taus, device=x.device)
         return torch.cat([x, inverse.view(1, -1, 1).expand(len(x), -1, -1)], -1)
+
+    def drawn(self, actions: Tensor, schedule: ScaleSchedule, steps: int) -> dict[str, Tensor]:
+        """See ``TeacherForced``."""
+        return {"total": self.quantizer.accumulate(actions, schedule)[0]}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., width] -> fp32 [..., bits, 2]; divided by tau where ``hidden`` carries it."""

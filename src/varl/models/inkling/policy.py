@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from varl.models.blocks import Cache
+from varl.models.forcing import TeacherForced
 from varl.models.inkling.text import ALPHABET, CELL, PICTURE, layout, parse_prompt
 from varl.models.inkling.tokenizer import Tokenizer
 from varl.models.inkling.transformer import Transformer
@@ -54,7 +56,7 @@ class InklingConfig:
             raise ValueError(f"Inkling's width {self.width} must be a multiple of its {self.heads} heads")
 
 
-class Inkling(nn.Module):
+class Inkling(TeacherForced):
     """The embedded next-scale policy. See ``varl.policy.Policy`` for the contract its methods fulfil."""
 
     family = "inkling"
@@ -122,7 +124,7 @@ class Inkling(nn.Module):
         size = (len(cells), self.config.coarse + self.config.fine, *self._schedule.grids[-1])
         if copies == 2:
             cells = torch.cat([cells, condition.null["cells"].expand(len(cells), -1, -1)])
-        cache = self.transformer.new_cache(len(cells))
+        cache = self.transformer.new_cache()
         total = torch.zeros(size, device=cells.device)
         return DrawState(self._schedule, {"cells": cells}, {"total": total}, cache, copies, guidance)
 
@@ -147,31 +149,16 @@ class Inkling(nn.Module):
         state.drawn["total"] = state.drawn["total"] + self.tokenizer.quantizer.contribution(actions, state.step)
         state.step += 1
 
-    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: DrawState | None = None) -> Tensor:
-        """Teacher-forced features of the tokens of ``steps``: [batch, tokens, width].
-
-        Args:
-            actions: [batch, tokens], at least all steps before the last of ``steps``.
-            prefix: a state at ``steps.start`` whose cached keys and values stand for the coarser steps; they carry no
-                gradient. Each of its rows serves as many adjacent rows of the batch. Without it the coarser steps are
-                computed, with gradient.
-        """
-        start = steps.start if prefix is not None else 0
-        asked = range(start, steps.stop)
-        if prefix is not None and prefix.step != steps.start:
-            raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
-        if prefix is not None and len(actions) % prefix.batch:
-            raise ValueError(f"{len(actions)} rows of actions cannot go on from the {prefix.batch} of the prefix")
+    def features(self, condition: Condition, actions: Tensor, steps: range, cache: Cache | None) -> Tensor:
+        """See ``TeacherForced``."""
+        known = actions[:, : self._schedule.offsets[steps.stop - 1]]
         with torch.no_grad():
-            known = actions[:, : self._schedule.offsets[steps.stop - 1]]
             maps = self.tokenizer.quantizer.accumulate(known, steps.stop)[1] if known.shape[1] else []
-        inputs = maps[max(start - 1, 0) :]
-        cache = None
-        if prefix is not None and prefix.cache is not None:
-            rows = torch.arange(prefix.batch).repeat_interleave(len(actions) // prefix.batch)
-            cache = prefix.cache.select(rows)
-        x = self.transformer(condition.features["cells"], inputs, asked, cache)
-        return x[:, self._schedule.offsets[steps.start] - self._schedule.offsets[start] :]
+        return self.transformer(condition.features["cells"], maps[max(steps.start - 1, 0) :], steps, cache)
+
+    def drawn(self, actions: Tensor, schedule: ScaleSchedule, steps: int) -> dict[str, Tensor]:
+        """See ``TeacherForced``."""
+        return {"total": self.tokenizer.quantizer.features(actions)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., width] -> [..., classes], in fp32."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
 from varl.schedule import ScaleSchedule
 
 __all__ = ["Transformer"]
@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x_BLC: Tensor, counts: list[int], cache: KeyValueCache | None, layer: int, start: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, counts: list[int], cache: Cache | None, layer: int, start: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x_BLC)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.write(layer, start, k, v)
@@ -81,9 +81,8 @@ class Transformer(nn.Module):
         nn.init.normal_(self.first, std=0.1)
         self.head.weight.data.mul_(0.1)
 
-    def new_cache(self, rows: int) -> KeyValueCache:
-        head_width = self.width // self.heads
-        return KeyValueCache(len(self.blocks), rows, self.heads, self.schedule.tokens, head_width, self.first)
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache(len(self.blocks), self.schedule.tokens)
 
     def condition_map(self, cells_BHW: Tensor, steps: range) -> Tensor:
         """The condition of the tokens of ``steps``: [B, L, C]."""
@@ -91,9 +90,7 @@ class Transformer(nn.Module):
         pooled = [F.adaptive_avg_pool2d(finest, self.schedule.grids[s]).flatten(2) for s in steps]
         return torch.cat(pooled, 2).transpose(1, 2)
 
-    def forward(
-        self, cells_BHW: Tensor, inputs: list[Tensor], steps: range, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, cells_BHW: Tensor, inputs: list[Tensor], steps: range, cache: Cache | None = None) -> Tensor:
         """Features of the tokens of ``steps``: [B, L, C].
 
         Args:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale, attend_within_scale, run_block
+from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, attend_within_scale, run_block
 from varl.models.coded import mask_tables
 from varl.schedule import ScaleSchedule
 
@@ -142,7 +142,7 @@ class SelfAttention(nn.Module):
         x_BLC: Tensor,
         counts: Sequence[int],
         table: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         layer: int,
         start: int,
     ) -> Tensor:
@@ -236,7 +236,7 @@ class Block(nn.Module):
         read: bool,
         counts: Sequence[int],
         table: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         layer: int,
         start: int,
     ) -> Tensor:
@@ -314,12 +314,8 @@ class Transformer(nn.Module):
         self.head_nm = FinalNorm(width, config.norm_eps)
         self.head = nn.Linear(width, config.V)
 
-    def new_cache(self, rows: int) -> KeyValueCache | None:
-        c = self.config
-        if not c.use_ar:
-            return None
-        width = c.width // c.heads
-        return KeyValueCache(len(self.blocks), rows, c.heads, self.schedule.tokens, width, self.word_embed.weight)
+    def new_cache(self) -> KeyValueCache | None:
+        return KeyValueCache(len(self.blocks), self.schedule.tokens) if self.config.use_ar else None
 
     def prepare(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The keys and values of the text for all blocks, ``text`` [B, blocks, 2, T, C]."""
@@ -353,7 +349,7 @@ class Transformer(nn.Module):
         condition: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
         steps: range,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """What the head needs for the tokens of ``steps``: [B, L, C].
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varl.models.blocks import KeyValueCache
+from varl.models.blocks import Cache
 from varl.models.coded import CodedPolicy
 from varl.models.fields import fill
 from varl.models.switti.condition import CROP, TextEncoders
@@ -194,7 +194,7 @@ class Switti(CodedPolicy):
         return Condition(self._check(schedule), rows, null)
 
     def _hidden(
-        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: KeyValueCache | None
+        self, condition: Mapping[str, Tensor], inputs: list[Tensor], steps: range, cache: Cache | None
     ) -> Tensor:
         """With ``last_scale_temp``, one more channel says where it holds: 1 there, 0 elsewhere."""
         x = super()._hidden(condition, inputs, steps, cache)

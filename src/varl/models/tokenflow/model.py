@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
 from varl.models.tokenflow.config import TransformerConfig
 from varl.schedule import ScaleSchedule
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * self.width, c.hidden_size, bias=False)
         self.qknorm = QKNorm(self.width)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None, layer: int) -> Tensor:
         heads = (-1, self.width)
         q, k, v = (
             projection(x).unflatten(2, heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -147,7 +147,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BLC: Tensor, layout: Layout, cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, layout: Layout, cache: Cache | None, layer: int) -> Tensor:
         x_BLC = x_BLC + self.input_layernorm(self.self_attn(x_BLC, layout, cache, layer))
         return x_BLC + self.post_attention_layernorm(self.mlp(x_BLC))
 
@@ -216,15 +216,11 @@ class Transformer(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.model.pos_1LC, std=INIT_STD)
 
-    def new_cache(self, rows: int, prompt: int) -> KeyValueCache:
+    def new_cache(self, prompt: int) -> KeyValueCache:
         """For prompts of ``prompt`` positions; all of the schedule fits."""
-        c, like = self.config, self.model.pos_1LC
-        positions = prompt - 1 + self.schedule.tokens
-        return KeyValueCache(c.num_hidden_layers, rows, c.key_heads, positions, c.head_width, like.detach())
+        return KeyValueCache(self.config.num_hidden_layers, prompt - 1 + self.schedule.tokens)
 
-    def forward(
-        self, prompt_BP: Tensor, inputs: list[Tensor], steps: range, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, prompt_BP: Tensor, inputs: list[Tensor], steps: range, cache: Cache | None = None) -> Tensor:
         """Features of the tokens of ``steps``: [B, L, C].
 
         Args:

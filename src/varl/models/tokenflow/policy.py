@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varl.models.blocks import Cache
+from varl.models.forcing import TeacherForced
 from varl.models.state import DrawState
 from varl.models.tokenflow.condition import PromptReader
 from varl.models.tokenflow.config import TokenFlowConfig
@@ -22,7 +24,7 @@ from varl.schedule import ScaleSchedule
 __all__ = ["TokenFlow"]
 
 
-class TokenFlow(nn.Module):
+class TokenFlow(TeacherForced):
     """See ``varl.policy.Policy`` for the contract its methods fulfil.
 
     A condition holds ``prompt``, ids [batch, P]: text padded on the left, and ``<img>``. What guidance leads away from
@@ -139,7 +141,7 @@ class TokenFlow(nn.Module):
             if "prompt" not in condition.null:
                 raise ValueError("guidance needs a negative prompt: give its ids as 'null' to condition_from")
             prompt, copies = torch.cat([prompt, condition.null["prompt"].expand(batch, -1)]), 2
-        cache = self.transformer.new_cache(len(prompt), positions)
+        cache = self.transformer.new_cache(positions)
         # What the next step reads: for step 0, whose token is the prompt's last, nothing.
         table = self.tokenizer.quantize.embedding_vqkd.weight
         read = table.new_zeros(batch, self.tokenizer.quantize.width, 1, 1)
@@ -166,30 +168,18 @@ class TokenFlow(nn.Module):
             before = state.drawn["read"] if state.step > 1 else None
             state.drawn["read"] = self.tokenizer.quantize.follow(before, actions, state.step)
 
-    def hidden(self, condition: Condition, actions: Tensor, steps: range, prefix: DrawState | None = None) -> Tensor:
-        """Teacher-forced features of the tokens of ``steps``: [batch, tokens, width].
-
-        Args:
-            actions: [batch, tokens], at least all steps before the last of ``steps``.
-            prefix: a state at ``steps.start`` whose cached keys and values stand for the prompt and the coarser steps;
-                they carry no gradient. Each of its rows serves as many adjacent rows of the batch. Without it they are
-                computed, with gradient.
-        """
-        if prefix is not None and prefix.step != steps.start:
-            raise ValueError(f"the prefix is at step {prefix.step}, the steps to score start at {steps.start}")
-        if prefix is not None and len(actions) % prefix.batch:
-            raise ValueError(f"{len(actions)} rows of actions cannot go on from the {prefix.batch} of the prefix")
+    def features(self, condition: Condition, actions: Tensor, steps: range, cache: Cache | None) -> Tensor:
+        """See ``TeacherForced``; the first step's pass reads the prompt."""
         if "prompt" not in condition.features:
             raise ValueError("the condition holds no ids; guidance needs a negative prompt")
-        start = steps.start if prefix is not None else 0
         with torch.no_grad():
-            inputs = self.tokenizer.quantize.inputs(actions, steps.stop)[max(start - 1, 0) :]
-        cache = None
-        if prefix is not None and prefix.cache is not None and start > 0:
-            rows = torch.arange(prefix.batch, device=actions.device)
-            cache = prefix.cache.select(rows.repeat_interleave(len(actions) // prefix.batch))
-        x = self.transformer(condition.features["prompt"], inputs, range(start, steps.stop), cache)
-        return x[:, self._schedule.offsets[steps.start] - self._schedule.offsets[start] :]
+            inputs = self.tokenizer.quantize.inputs(actions, steps.stop)[max(steps.start - 1, 0) :]
+        return self.transformer(condition.features["prompt"], inputs, steps, cache)
+
+    def drawn(self, actions: Tensor, schedule: ScaleSchedule, steps: int) -> dict[str, Tensor]:
+        """What the step after ``steps`` reads: see ``TeacherForced``."""
+        with torch.no_grad():
+            return {"read": self.tokenizer.quantize.inputs(actions, min(steps + 1, len(schedule)))[-1]}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., width] -> [..., classes], in fp32; of text, no logits are computed."""

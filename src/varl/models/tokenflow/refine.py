@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from varl.models.blocks import KeyValueCache
 from varl.policy import Condition
 from varl.sampling import Sampling, draw, filter_logits
 
@@ -52,7 +53,7 @@ def draw_refined(
         raise ValueError("refinement needs passes that share one guidance")
     state, drawn = policy.start(condition, passes[0].guidance), []
     cache = state.cache
-    assert cache is not None
+    assert isinstance(cache, KeyValueCache)
     for step in range(len(condition.schedule)):
         codes = draw(filter_logits(policy.next_logits(state), passes[0]), generator)
         own = slice(-condition.schedule.counts[step], None)

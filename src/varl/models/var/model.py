@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
 from varl.models.coded import mask_tables
 from varl.schedule import ScaleSchedule
 
@@ -110,9 +110,7 @@ class Attention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, x_BLC: Tensor, counts: Sequence[int], cache: KeyValueCache | None, layer: int, start: int
-    ) -> Tensor:
+    def forward(self, x_BLC: Tensor, counts: Sequence[int], cache: Cache | None, layer: int, start: int) -> Tensor:
         qkv = self.mat_qkv(x_BLC) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scale = 0.25 / math.sqrt(q.shape[-1])
@@ -153,7 +151,7 @@ class Block(nn.Module):
         x_BLC: Tensor,
         c: Tensor,
         counts: Sequence[int],
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         layer: int,
         start: int,
     ) -> Tensor:
@@ -213,11 +211,8 @@ class Transformer(nn.Module):
         self.head_nm = FinalNorm(width, config.norm_eps)
         self.head = nn.Linear(width, codes)
 
-    def new_cache(self, rows: int) -> KeyValueCache:
-        c = self.config
-        return KeyValueCache(
-            len(self.blocks), rows, c.heads, self.schedule.tokens, c.width // c.heads, self.word_embed.weight
-        )
+    def new_cache(self) -> KeyValueCache:
+        return KeyValueCache(len(self.blocks), self.schedule.tokens)
 
     def prepare(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
@@ -239,7 +234,7 @@ class Transformer(nn.Module):
         condition: Mapping[str, Tensor],
         inputs: Sequence[Tensor],
         steps: range,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """What the head needs for the tokens of ``steps``: [B, L, C].
 
