@@ -27,8 +27,8 @@ class KeyValueCache:
         layers, tokens: how many.
 
     Attributes:
-        keys, values: [layers, rows, heads, tokens, head width], of the type that attention computes in: that of the first
-            keys, or autocast's.
+        keys, values: [layers, rows, heads, tokens, head width], of the type that attention computes in: that of the
+            first keys, or that of autocast.
         filled: positions that hold something: the end of the last write.
     """
 
