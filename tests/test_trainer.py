@@ -208,7 +208,18 @@ def test_what_a_run_leaves_behind(weights: Path, tmp_path: Path) -> None:
     trainer.run()
     assert sorted(p.name for p in (out / "evaluations").glob("*.json")) == [f"update-00000{i}.json" for i in range(3)]
     assert [p.name for p in (out / "gallery").iterdir()] == ["update-000002.png"]
-    stages = {"condition", "rollout", "decode", "reward", "return", "mask", "logp", "backward", "optimizer"}
+    stages = {
+        "condition",
+        "rollout",
+        "decode",
+        "reference",
+        "reward",
+        "return",
+        "mask",
+        "logp",
+        "backward",
+        "optimizer",
+    }
     assert all(set(line["seconds"]) == stages for line in read_metrics(out))
     assert [line["pictures"] for line in read_metrics(out)] == [24, 48]
     assert [len(line["loss_share_by_step"]) for line in read_metrics(out)] == [4, 4]

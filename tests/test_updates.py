@@ -20,10 +20,18 @@ INDEPENDENT = MethodConfig(middle=3, group=4, suffix_state="independent")
 @pytest.mark.parametrize(
     ("kind", "method", "expected"),
     [
-        ("full", METHOD, Plan("full", range(5), heads=4, tails=1, branch_at=5, group=4, continuations=1)),
-        ("prefix", METHOD, Plan("prefix", range(3), heads=4, tails=3, branch_at=3, group=4, continuations=3)),
-        ("suffix", METHOD, Plan("suffix", range(3, 5), heads=1, tails=4, branch_at=3, group=4, continuations=1)),
-        ("suffix", INDEPENDENT, Plan("suffix", range(3, 5), heads=4, tails=1, branch_at=5, group=4, continuations=1)),
+        ("full", METHOD, Plan("full", range(5), heads=4, tails=1, branch_at=5, group=4, continuations=1, until=5)),
+        ("prefix", METHOD, Plan("prefix", range(3), heads=4, tails=3, branch_at=3, group=4, continuations=3, until=5)),
+        (
+            "suffix",
+            METHOD,
+            Plan("suffix", range(3, 5), heads=1, tails=4, branch_at=3, group=4, continuations=1, until=5),
+        ),
+        (
+            "suffix",
+            INDEPENDENT,
+            Plan("suffix", range(3, 5), heads=4, tails=1, branch_at=5, group=4, continuations=1, until=5),
+        ),
     ],
 )
 def test_plans(inkling: Inkling, kind: updates.Kind, method: MethodConfig, expected: Plan) -> None:

@@ -60,6 +60,7 @@ class PolicyConfig:
         resolution: which of the family's resolutions, as the family names them; by default its default.
         aspect_ratio: height over width, where the family has several.
         precision: ``float32``, or ``bfloat16``: compute in bf16 where that is safe, with fp32 weights.
+        rollout_precision: the same for drawing and decoding pictures; by default as ``precision``.
         checkpointing: keep only the inputs of the blocks for the backward pass, and compute the rest again.
         lora: train adapters instead of the weights.
     """
@@ -70,6 +71,7 @@ class PolicyConfig:
     resolution: int | str | None = None
     aspect_ratio: float | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    rollout_precision: Literal["float32", "bfloat16"] | None = None
     checkpointing: bool = False
     lora: AdapterConfig = field(default_factory=AdapterConfig)
 
@@ -143,7 +145,11 @@ class MethodConfig:
         eta: temperature of the middle return.
         continuations_by: who draws the continuations of a prefix update: the ``policy`` (the paper's way), or the
             ``reference``, whose log-mean-exp is the soft value of the paper's Definition 1.
-        suffix_state: one prefix shared by a suffix group, or one of its own for each sample.
+        value_at: the step that prefixes are valued at: ``end``, or one named as the middle step is, where continuations
+            stop and their pictures are decoded from what is there: cheaper, and another number.
+        suffix_state: one prefix ``shared`` by a suffix group, an ``independent`` one for each sample, or ``reused``:
+            the continuations of the prefix update before, each prefix's a group of its own. That draws and scores
+            nothing, from a policy one step old whose ratio is taken to be 1.
         prefix_gradient: a shared prefix is computed once; its keys and values pass gradients on to the weights, so that
             the update is exact. False stops them there: an approximation that spares the prefix's backward pass.
         advantage: how rewards of a group become advantages.
@@ -168,7 +174,8 @@ class MethodConfig:
     value: Estimator = "soft"
     eta: float = 1.0
     continuations_by: Literal["policy", "reference"] = "policy"
-    suffix_state: Literal["shared", "independent"] = "shared"
+    value_at: MiddleStep = "end"
+    suffix_state: Literal["shared", "independent", "reused"] = "shared"
     prefix_gradient: bool = True
     advantage: AdvantageKind = "std"
     alpha: float = 0.6
@@ -192,6 +199,20 @@ class MethodConfig:
         _need(
             self.continuations_by == "policy" or self.value not in ("soft-reference", "policy"),
             f"method.value {self.value} weighs continuations of the policy; with continuations_by reference use soft",
+        )
+        if self.suffix_state == "reused":
+            self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        _need(self.update == "alternate", "method.suffix_state reused needs prefix updates: method.update alternate")
+        _need(self.suffix_updates == 1, "method.suffix_state reused has pictures for one suffix update in a row only")
+        _need(
+            self.continuations > 1, "method.suffix_state reused compares continuations: method.continuations 2 or more"
+        )
+        whole = self.value_at == "end" and self.continuations_by == "policy"
+        _need(
+            whole,
+            "method.suffix_state reused needs whole pictures by the policy: value_at end, continuations_by policy",
         )
 
     @property
@@ -272,6 +293,8 @@ class RunConfig:
         threads: CPU threads of the model; 0 leaves torch's choice.
         micro_batch: sequences in one forward and backward pass.
         rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
+        overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
+            quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
         save_every: updates between checkpoints.
         keep: checkpoints kept.
         gallery_every: updates between pictures of samples and masks; 0 is never.
@@ -285,6 +308,7 @@ class RunConfig:
     threads: int = 0
     micro_batch: int = 32
     rollout_batch: int = 0
+    overlap: bool = False
     save_every: int = 20
     keep: int = 2
     gallery_every: int = 20

@@ -34,6 +34,7 @@ class Batch:
         mask_BL: propagated masks, or None.
         rate: factor on the learning rate.
         shared: adjacent sequences whose tokens before ``steps`` are the same.
+        reference_logp_BL: what ``Learner.reference_logp`` gives, if that is known already.
     """
 
     sequences: Rollout
@@ -43,6 +44,7 @@ class Batch:
     mask_BL: Tensor | None = None
     rate: float = 1.0
     shared: int = 1
+    reference_logp_BL: Tensor | None = None
 
 
 class Learner:
@@ -67,7 +69,11 @@ class Learner:
         self.micro_batch, self.steps_taken = micro_batch, 0
         self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, optimizer.learning_rate, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+            self.parameters,
+            optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
         )
 
     def rate(self) -> float:
@@ -82,9 +88,11 @@ class Learner:
         A non-finite loss or gradient skips the step and is counted in ``skipped``; so does a batch in which no sequence
         carries a term, where momentum and weight decay alone would move the weights.
         """
+        if batch.reference_logp_BL is None:
+            with stage("reference"):
+                found = self.reference_logp(batch.sequences, batch.steps, batch.shared)
+            batch = replace(batch, reference_logp_BL=found)
         rows = self._micro_batches(batch)
-        with stage("reference"):
-            reference = [self._reference_logp(batch, part) for part in rows]
         old: dict[int, Tensor] = {}
         log: dict[str, Any] = {"skipped": 0}
         for epoch in range(self.method.epochs):
@@ -94,7 +102,7 @@ class Learner:
             weights: list[Tensor] = []
             for index, part in enumerate(rows):
                 with stage("logp"):
-                    inputs, scores = self._inputs(batch, part, reference[index], old.get(index))
+                    inputs, scores = self._inputs(batch, part, old.get(index))
                 old.setdefault(index, inputs.logp_BL.detach())
                 with stage("backward"):
                     output = self._loss(inputs, len(batch.sequences))
@@ -117,39 +125,47 @@ class Learner:
                 log["entropy_by_step"] = self._entropy_by_step(scored, batch)
         return log
 
+    @torch.no_grad()
+    def reference_logp(self, sequences: Rollout, steps: range, shared: int = 1) -> Tensor | None:
+        """Log-probabilities of the reference, [B, L], if the loss has a term of them.
+
+        They ask for no reward, so they can be computed while the pictures are scored.
+        """
+        if self.reference is None or self.method.beta == 0 or self.method.kl == "exact":
+            return None
+        rows = self._groups(torch.ones(len(sequences), dtype=torch.bool), shared)
+        return torch.cat([self._scores(self.reference, sequences, steps, shared, part).logp for part in rows])
+
     def _micro_batches(self, batch: Batch) -> list[Tensor]:
-        """Rows of every forward and backward pass: those that carry a term, sequences that share a prefix together.
+        """Rows of every forward and backward pass: those that carry a term.
 
         A sequence that is not valid carries none, nor does one without advantage where no KL is asked for.
         """
         carries = batch.valid_B if self.method.beta > 0 else batch.valid_B & (batch.advantage_B != 0)
-        groups = torch.arange(len(carries)).view(-1, batch.shared)[carries.view(-1, batch.shared).any(1)]
-        if batch.shared > self.micro_batch:
-            return [part for group in groups for part in group.split(self.micro_batch)]
-        return [part.flatten() for part in groups.split(self.micro_batch // batch.shared)] if len(groups) else []
+        return self._groups(carries, batch.shared)
 
-    def _scores(self, policy: Policy, batch: Batch, rows: Tensor, **options: Any) -> Scores:
-        sequences = batch.sequences
+    def _groups(self, wanted_B: Tensor, shared: int) -> list[Tensor]:
+        """The wanted rows in micro-batches, those that share a prefix together as far as they fit."""
+        groups = torch.arange(len(wanted_B)).view(-1, shared)[wanted_B.view(-1, shared).any(1)]
+        if shared > self.micro_batch:
+            return [part for group in groups for part in group.split(self.micro_batch)]
+        return [part.flatten() for part in groups.split(self.micro_batch // shared)] if len(groups) else []
+
+    def _scores(
+        self, policy: Policy, sequences: Rollout, steps: range, shared: int, rows: Tensor, **options: Any
+    ) -> Scores:
         return log_probs(
             policy,
             sequences.condition.select(rows),
             sequences.actions[rows],
-            batch.steps,
+            steps,
             guidance=self.guidance,
-            shared=min(batch.shared, len(rows)),
+            shared=min(shared, len(rows)),
             prefix_gradient=self.method.prefix_gradient,
             **options,
         )
 
-    def _reference_logp(self, batch: Batch, rows: Tensor) -> Tensor | None:
-        if self.reference is None or self.method.beta == 0 or self.method.kl == "exact":
-            return None
-        with torch.no_grad():
-            return self._scores(self.reference, batch, rows).logp
-
-    def _inputs(
-        self, batch: Batch, rows: Tensor, reference_logp: Tensor | None, old_logp: Tensor | None
-    ) -> tuple[LossInput, Scores]:
+    def _inputs(self, batch: Batch, rows: Tensor, old_logp: Tensor | None) -> tuple[LossInput, Scores]:
         method, steps, schedule = self.method, batch.steps, batch.sequences.condition.schedule
         counts = [schedule.counts[s] for s in steps]
         mask = None if batch.mask_BL is None else batch.mask_BL[rows]
@@ -157,7 +173,9 @@ class Learner:
         exact = method.kl == "exact" and method.beta > 0
         scores = self._scores(
             self.policy,
-            batch,
+            batch.sequences,
+            steps,
+            batch.shared,
             rows,
             keep=self._keep(mask, watched),
             entropy=False if watched is None else watched,
@@ -177,7 +195,7 @@ class Learner:
             weight_BL=weight,
             step_of_token_L=[s for s in steps for _ in range(schedule.counts[s])],
             mask_BL=mask,
-            reference_logp_BL=reference_logp,
+            reference_logp_BL=None if batch.reference_logp_BL is None else batch.reference_logp_BL[rows],
             exact_kl_BL=scores.kl,
             valid_B=batch.valid_B[rows].to(device),
             kl_weight_BL=kl_weight,

@@ -7,7 +7,9 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,9 +21,11 @@ from varl.config import PolicyConfig, TrainConfig
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.models import load_policy
-from varl.policy import Policy
+from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
+from varl.rewards.scoring import Scoring
+from varl.rollout import Rollout
 from varl.run.folder import RunFolder
 
 __all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
@@ -74,9 +78,32 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     return policy
 
 
-def autocast(config: PolicyConfig, device: torch.device) -> torch.autocast:
-    """The precision a policy computes in."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+def autocast(config: PolicyConfig, device: torch.device, drawing: bool = False) -> torch.autocast:
+    """The precision that a policy computes in, or draws pictures in."""
+    precision = (config.rollout_precision if drawing else None) or config.precision
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+OVERLAPPING = 4
+"""Parts that an update's pictures are drawn in so that scoring them can overlap."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The sequences of an update and what was made of them.
+
+    Attributes:
+        shown: the prompt of every picture.
+        images: [pictures, 3, H, W] of ``drawn.whole``.
+        output: their scores.
+        reference_logp: of the trained sequences, for the loss.
+    """
+
+    shown: list[Prompt]
+    drawn: updates.Drawn
+    images: Tensor
+    output: RewardOutput
+    reference_logp: Tensor | None
 
 
 class Trainer:
@@ -120,45 +147,35 @@ class Trainer:
         )
         self.update, self.pictures = 0, 0
         self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = 0.0
+        self._pool = ThreadPoolExecutor(1) if run.overlap else None
+        self.kept: Sampled | None = None
         self.folder = RunFolder(config)
         self._resume()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage of the step by name."""
-        start = time.perf_counter()
+        """Time a stage of the step by name; stages inside it count for themselves."""
+        outer, self._inside, start = self._inside, 0.0, time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self.seconds[name] += spent - self._inside
+        self._inside = outer + spent
 
-    def precision(self) -> torch.autocast:
+    def precision(self, drawing: bool = False) -> torch.autocast:
         """Where the policy computes: in bf16 if the configuration says so, with the weights in fp32."""
-        return autocast(self.config.policy, self.device)
+        return autocast(self.config.policy, self.device, drawing)
 
     def step(self) -> dict[str, Any]:
         """One update; returns its record for the log."""
         method, self.seconds = self.config.method, defaultdict(float)
         plan = updates.plan(updates.kind_of_update(method, self.update), method, self.schedule)
-        prompts = [prompt for _, prompt in self.stream.next(method.prompts)]
-        shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
+        shared = plan.tails if plan.kind == "suffix" else 1
 
-        with self.stage("condition"):
-            condition = self.policy.condition(prompts, self.schedule)
-        with self.stage("rollout"), self.precision():
-            drawn = updates.draw(
-                self.policy,
-                condition,
-                plan,
-                self.config.sampling,
-                (self.config.run.seed, self.update),
-                self.reference if method.continuations_by == "reference" else None,
-                self.config.run.rollout_batch,
-            )
-        with self.stage("decode"), self.precision():
-            images = self._decode(drawn.whole.actions)
-        with self.stage("reward"):
-            output = self.reward(images, shown)
+        sampled = self._reused(plan) if plan.reuses else self._sample(plan)
+        drawn, output = sampled.drawn, sampled.output
         with self.stage("return"), self.precision():
             value_PG, valid_PG = updates.returns(
                 output, drawn, plan, method, self.policy, self.reference, self.config.run.micro_batch
@@ -173,21 +190,73 @@ class Trainer:
             valid_B=~advantages.dropped_P.repeat_interleave(plan.group),
             mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
-            shared=plan.tails if plan.kind == "suffix" else 1,
+            shared=shared,
+            reference_logp_BL=sampled.reference_logp,
         )
         record = self._record(plan, output, value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
         self.update += 1
-        self.pictures += len(images)
+        self.pictures += 0 if plan.reuses else len(sampled.images)
         record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
         if self._due(self.config.run.gallery_every, after=True):
-            keep = torch.arange(min(len(images), 4 * plan.pictures))
-            trained = keep // plan.continuations
-            flat = advantages.advantage_PG.flatten()[trained]
-            masks = None if mask is None else mask[trained]
-            self.folder.gallery(self.update, [shown[i] for i in keep], images[keep], output, flat, masks, self.schedule)
+            self._show(sampled, plan, advantages.advantage_PG.flatten(), mask)
         return record
+
+    def _sample(self, plan: updates.Plan) -> Sampled:
+        """Draw an update's sequences, and score their pictures: afterwards, or while the next ones are drawn."""
+        method, run = self.config.method, self.config.run
+        prompts = [prompt for _, prompt in self.stream.next(method.prompts)]
+        shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
+        scoring = Scoring(self.reward, shown, self._pool)
+
+        def finished(part: Rollout) -> None:
+            with self.stage("decode"):
+                scoring.add(self._decode(part.actions))
+
+        with self.stage("condition"):
+            condition = self.policy.condition(prompts, self.schedule)
+        with self.stage("rollout"), self.precision(drawing=True):
+            drawn = updates.draw(
+                self.policy,
+                condition,
+                plan,
+                self.config.sampling,
+                (run.seed, self.update),
+                self.reference if method.continuations_by == "reference" else None,
+                run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
+                finished,
+            )
+        with self.stage("reference"), self.precision():
+            shared = plan.tails if plan.kind == "suffix" else 1
+            reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, shared)
+        with self.stage("reward"):
+            images, output = scoring.result()
+        sampled = Sampled(shown, drawn, images, output, reference_logp)
+        self.kept = sampled if method.suffix_state == "reused" else None
+        return sampled
+
+    def _reused(self, plan: updates.Plan) -> Sampled:
+        """What the prefix update before drew and scored, as groups of continuations."""
+        assert self.kept is not None, "the alternation begins with a prefix update"
+        kept, self.kept = self.kept, None
+        whole = kept.drawn.whole
+        with self.stage("reference"), self.precision():
+            reference_logp = self.learner.reference_logp(whole, plan.steps, plan.tails)
+        return replace(kept, drawn=updates.Drawn(whole, whole), reference_logp=reference_logp)
+
+    def _show(self, sampled: Sampled, plan: updates.Plan, advantage_B: Tensor, mask: Tensor | None) -> None:
+        keep = torch.arange(min(len(sampled.images), 4 * plan.pictures))
+        trained = keep // plan.continuations
+        self.folder.gallery(
+            self.update,
+            sampled.shown[: len(keep)],
+            sampled.images[keep],
+            sampled.output,
+            advantage_B[trained],
+            None if mask is None else mask[trained],
+            self.schedule,
+        )
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         """Train until the configured number of updates, with evaluations, checkpoints and pictures on the way."""

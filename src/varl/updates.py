@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,8 @@ class Plan:
         branch_at: the step at which sequences branch; the number of all steps if they do not.
         group: sequences of a prompt whose returns are compared.
         continuations: pictures that one trained sequence is valued by.
+        until: steps that the pictures are drawn to.
+        reuses: the sequences are those that the prefix update before drew, each of its prefixes' continuations a group.
     """
 
     kind: Kind
@@ -44,6 +46,8 @@ class Plan:
     branch_at: int
     group: int
     continuations: int
+    until: int
+    reuses: bool = False
 
     @property
     def pictures(self) -> int:
@@ -62,17 +66,22 @@ def plan(kind: Kind, method: MethodConfig, schedule: ScaleSchedule) -> Plan:
     """The plan of an update of a kind (method, sections 3 and 7).
 
     Raises:
-        ValueError: if the middle step is none of the schedule's.
+        ValueError: if the middle step, or the one at which prefixes are valued, is none of the schedule's.
     """
     total = len(schedule)
     if kind == "full":
-        return Plan(kind, range(total), method.group, 1, total, method.group, 1)
+        return Plan(kind, range(total), method.group, 1, total, method.group, 1, total)
     m = schedule.middle(method.middle)
     if kind == "prefix":
-        return Plan(kind, range(m), method.group, method.continuations, m, method.group, method.continuations)
+        until = total if method.value_at == "end" else schedule.middle(method.value_at)
+        if until <= m:
+            raise ValueError(f"method.value_at is step {until}, and must be behind the middle step {m}")
+        return Plan(kind, range(m), method.group, method.continuations, m, method.group, method.continuations, until)
     if method.suffix_state == "shared":
-        return Plan(kind, range(m, total), 1, method.group, m, method.group, 1)
-    return Plan(kind, range(m, total), method.group, 1, total, method.group, 1)
+        return Plan(kind, range(m, total), 1, method.group, m, method.group, 1, total)
+    if method.suffix_state == "reused":
+        return Plan(kind, range(m, total), method.group, method.continuations, m, method.continuations, 1, total, True)
+    return Plan(kind, range(m, total), method.group, 1, total, method.group, 1, total)
 
 
 @dataclass
@@ -81,8 +90,8 @@ class Drawn:
 
     Attributes:
         trained: the sequences that are trained, [prompts * group] rows, up to the end of the trained steps or further.
-        whole: the finished sequences, [prompts * pictures] rows; ``continuations`` adjacent rows belong to one of
-            ``trained``.
+        whole: the finished sequences, [prompts * pictures] rows, up to the step at which they are valued;
+            ``continuations`` adjacent rows belong to one of ``trained``.
     """
 
     trained: Rollout
@@ -97,6 +106,7 @@ def draw(
     seed: Sequence[int],
     continued_by: Policy | None = None,
     at_once: int = 0,
+    each: Callable[[Rollout], None] = lambda _: None,
 ) -> Drawn:
     """Draw an update's sequences; every row has a generator of its own, seeded by (seed, stage, row).
 
@@ -105,6 +115,7 @@ def draw(
         continued_by: draws the continuations of a prefix update in the policy's place (the reference, for a middle
             return under it); its caches are filled by replaying the prefixes.
         at_once: finished sequences drawn together, which changes memory and not what is drawn; 0 is all.
+        each: called with finished sequences as soon as there are some, in order.
     """
     heads = condition.repeat(plan.heads)
     whole, prefixes = [], []
@@ -116,6 +127,7 @@ def draw(
         start, stop = int(rows[0]), int(rows[-1]) + 1
         if plan.branch_at == len(condition.schedule):
             whole.append(rollout(policy, part, sampling, first[start:stop]))
+            each(whole[-1])
             continue
         prefix = rollout(policy, part, sampling, first[start:stop], until=plan.branch_at, keep_state=True)
         author, fork_of = policy, prefix
@@ -126,7 +138,8 @@ def draw(
         few = min(size, plan.tails)
         for generators in _batches(second[start * plan.tails : stop * plan.tails], few * len(rows)):
             fork = len(generators) // len(rows)
-            whole.append(rollout(author, part, sampling, generators, start=fork_of, fork=fork))
+            whole.append(rollout(author, part, sampling, generators, start=fork_of, fork=fork, until=plan.until))
+            each(whole[-1])
         prefix.state = None
         prefixes.append(prefix)
     finished = _joined(whole)
@@ -178,7 +191,7 @@ def returns(
         if method.value in ("soft-reference", "policy"):
             if reference is None:
                 raise ValueError(f"the value estimator {method.value!r} needs a reference policy")
-            suffix = range(plan.branch_at, len(drawn.whole.condition.schedule))
+            suffix = range(plan.branch_at, plan.until)
             logp, reference_logp = (
                 _sequence_logp(model, drawn.whole, suffix, micro_batch).view(-1, plan.continuations)
                 for model in (policy, reference)

@@ -58,6 +58,19 @@ class RewardOutput:
         failed = ~torch.isfinite(score)
         return cls(score=score.masked_fill(failed, torch.nan), failed=failed)
 
+    @classmethod
+    def joined(cls, outputs: Sequence[RewardOutput]) -> RewardOutput:
+        """The outputs of parts of a batch, in order, as one."""
+        regions = [output.regions for output in outputs if output.regions is not None]
+        texts = [output.texts for output in outputs if output.texts is not None]
+        return cls(
+            torch.cat([output.score for output in outputs]),
+            torch.cat([output.failed for output in outputs]),
+            [region for part in regions for region in part] if len(regions) == len(outputs) else None,
+            {name: torch.cat([output.parts[name] for output in outputs]) for name in outputs[0].parts},
+            [text for part in texts for text in part] if len(texts) == len(outputs) else None,
+        )
+
 
 class FailureLog:
     """Counts why pictures could not be scored: warns once a reason, keeps a bounded number of reasons.

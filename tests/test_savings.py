@@ -1,0 +1,315 @@
+"""What an update computes, counted: tokens through the transformer, rows through the head, pictures, reward calls.
+
+And the options that make it cheaper: they give the numbers that they promise.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_runs
+from learning import assert_close, gradients, learner, stage
+from small import make_inkling, make_prompts
+from varl import Sampling, log_probs, rollout, updates
+from varl.config import EvaluationConfig, MaskConfig, MethodConfig, PolicyConfig, PromptConfig, RunConfig, TrainConfig
+from varl.learner import WATCHED, Batch, Learner
+from varl.models.inkling import Inkling
+from varl.policy import Prompt
+from varl.rewards import RewardOutput
+from varl.rollout import row_generators
+from varl.run.metrics import read_metrics
+from varl.trainer import Trainer
+
+
+@contextmanager
+def counting(policy: Inkling) -> Iterator[dict[str, int]]:
+    """Tokens through the first block and rows through the head."""
+    found = {"tokens": 0, "head": 0}
+
+    def count(name: str) -> Any:
+        def hook(_: Any, given: tuple[Tensor, ...]) -> None:
+            found[name] += given[0][..., 0].numel()
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(count(name))
+        for name, module in (("tokens", policy.transformer.blocks[0]), ("head", policy.transformer.head))
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def drawn(policy: Inkling, kind: Any, method: MethodConfig, mask: bool = False) -> Batch:
+    plan = updates.plan(kind, method, policy.default_schedule)
+    made = updates.draw(policy, policy.condition(make_prompts(2)), plan, Sampling(), (0,))
+    span, rows = policy.default_schedule.span(plan.steps), 2 * plan.group
+    g = torch.Generator().manual_seed(0)
+    return Batch(
+        made.trained,
+        plan.steps,
+        torch.randn(rows, generator=g),
+        torch.ones(rows, dtype=torch.bool),
+        (torch.rand(rows, span.stop - span.start, generator=g) < 0.1).float() if mask else None,
+        shared=plan.tails if kind == "suffix" else 1,
+    )
+
+
+# Inkling's tokens: 1, 4, 9, 36, 144; a prefix of three steps has 14, the suffix 180.
+@pytest.mark.parametrize(
+    ("kind", "tokens", "micro_batch"),
+    [
+        ("prefix", 8 * 14, 8),
+        ("full", 8 * 194, 8),
+        ("suffix", 2 * 14 + 8 * 180, 8),
+        ("suffix", 2 * 14 + 8 * 180, 4),
+        ("suffix", 4 * 14 + 8 * 180, 2),
+        # Groups of four, three at a time: 3, 1, 3, 1.
+        ("suffix", 4 * 14 + 8 * 180, 3),
+    ],
+)
+def test_tokens_of_an_update(kind: str, tokens: int, micro_batch: int) -> None:
+    """One pass of the policy and one of the reference, each of the trained steps and what they must read."""
+    policy, reference = make_inkling(), make_inkling(1)
+    method = MethodConfig(middle=3, group=4, continuations=2)
+    batch = drawn(policy, kind, method)
+    own = learner(policy, method, reference, micro_batch)
+    with counting(policy) as of_policy, counting(reference) as of_reference:
+        own.learn(batch, stage)
+    scored = {"prefix": 14, "full": 194, "suffix": 180}[kind]
+    assert of_policy == of_reference == {"tokens": tokens, "head": 8 * scored}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 8])
+def test_a_shared_prefix_gives_the_gradients_of_whole_sequences(micro_batch: int) -> None:
+    policy, reference, method = make_inkling(), make_inkling(1), MethodConfig(middle=3, group=4, beta=0.3)
+    batch = drawn(policy, "suffix", method, mask=True)
+    learner(policy, method, reference, micro_batch).learn(batch, stage)
+    shared = gradients(policy)
+    policy = make_inkling()
+    learner(policy, method, reference, 8).learn(replace(batch, shared=1), stage)
+    assert_close(shared, gradients(policy))
+
+
+@pytest.mark.parametrize("kind", ["full", "suffix"])
+def test_the_head_sees_what_carries_a_term(kind: str) -> None:
+    """Without a KL: masked tokens, and those whose entropy is watched; and the gradients stay."""
+    method = MethodConfig(middle=3, group=4, beta=0)
+    policy = make_inkling()
+    batch = drawn(policy, kind, method, mask=True)
+    assert batch.mask_BL is not None
+    counts = [policy.default_schedule.counts[step] for step in batch.steps]
+    watched = torch.cat([torch.arange(n) * min(WATCHED, n) % n < min(WATCHED, n) for n in counts])
+    assert [int(part.sum()) for part in watched.split(counts)] == [min(n, WATCHED) for n in counts]
+    with counting(policy) as found:
+        log = learner(policy, method).learn(batch, stage)
+    assert found["head"] == int(((batch.mask_BL > 0) | watched).sum()) < batch.mask_BL.numel()
+    some = gradients(policy)
+    whole = make_inkling()
+    logp = log_probs(whole, batch.sequences.condition, batch.sequences.actions, batch.steps).logp
+    weight = torch.tensor([n**-method.alpha for n in counts for _ in range(n)])
+    loss = -(weight / weight.sum() * batch.mask_BL * batch.advantage_B[:, None] * logp).sum() / len(logp)
+    expected = torch.autograd.grad(loss, list(whole.trainable.parameters()))
+    assert_close(some, list(expected))
+    assert log["loss"] == pytest.approx(
+        float(-(weight / weight.sum() * batch.mask_BL * batch.advantage_B[:, None]).sum() / len(logp)), abs=1e-6
+    )
+
+
+def test_sequences_without_a_term_are_not_computed() -> None:
+    method, policy = MethodConfig(middle=3, group=4, beta=0), make_inkling()
+    batch = drawn(policy, "prefix", method)
+    batch.advantage_B[:4] = 0
+    with counting(policy) as found:
+        learner(policy, method).learn(batch, stage)
+    assert found["tokens"] == 4 * 14
+    # With a KL, every valid one has a term.
+    batch.valid_B = torch.arange(8) != 7
+    with counting(policy) as found:
+        learner(policy, replace(method, beta=0.1), make_inkling(1)).learn(batch, stage)
+    assert found["tokens"] == 7 * 14
+
+
+def test_entropy_of_the_watched_tokens_only() -> None:
+    policy = make_inkling()
+    condition = policy.condition(make_prompts(2))
+    actions = rollout(policy, condition, None, row_generators((0,), 2)).actions
+    some, kept = torch.arange(194) % 3 == 0, torch.rand(2, 194, generator=torch.Generator().manual_seed(0)) < 0.5
+    whole = log_probs(policy, condition, actions, entropy=True).entropy
+    assert whole is not None
+    for keep in (None, kept):
+        found = log_probs(policy, condition, actions, keep=keep, entropy=some, chunk=50).entropy
+        assert found is not None
+        torch.testing.assert_close(found, whole * some * (1 if keep is None else keep))
+
+
+# --- Options of the trainer ---
+
+
+def seen(images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
+    CALLS.append((threading.current_thread() is threading.main_thread(), len(images), [p.text for p in prompts]))
+    return tiny_runs.score(images, prompts)
+
+
+CALLS: list[tuple[bool, int, list[str]]] = []
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+def run(weights: Path, out: Path, method: dict[str, Any], **run: Any) -> Trainer:
+    CALLS.clear()
+    rollout_precision = run.pop("rollout_precision", None)
+    trainer = Trainer(
+        TrainConfig(
+            policy=PolicyConfig(weights=str(weights), rollout_precision=rollout_precision),
+            prompts=PromptConfig(count=6),
+            reward="test_savings:seen",
+            method=MethodConfig(prompts=2, group=4, middle="grid:3", prefix_updates=1, **method),
+            evaluation=EvaluationConfig(enabled=False),
+            run=RunConfig(out=out, updates=2, device="cpu", gallery_every=0, diagnose_every=0, **run),
+        )
+    )
+    trainer.run()
+    return trainer
+
+
+def test_scoring_in_the_background_changes_no_number(weights: Path, tmp_path: Path) -> None:
+    alone = run(weights, tmp_path / "alone", {})
+    assert [(main, count) for main, count, _ in CALLS] == [(True, 16), (True, 8)]
+    prompts = [text for _, _, texts in CALLS for text in texts]
+    beside = run(weights, tmp_path / "beside", {}, overlap=True)
+    # A prefix update's 16 pictures four at a time, and a suffix group of four, each one at a time after the other.
+    assert {main for main, _, _ in CALLS} == {False}
+    assert [count for _, count, _ in CALLS] == [4] * 4 + [2] * 4
+    assert [text for _, _, texts in CALLS for text in texts] == prompts
+    for own, other in zip(alone.policy.trainable.parameters(), beside.policy.trainable.parameters(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)
+    for one, two in zip(*(read_metrics(tmp_path / name) for name in ("alone", "beside")), strict=True):
+        assert two["reward"] == pytest.approx(one["reward"], abs=1e-5)
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+
+
+def test_what_the_reward_raises_in_the_background_ends_the_run(weights: Path, tmp_path: Path) -> None:
+    trainer = run(weights, tmp_path, {}, overlap=True)
+
+    def broken(*_: Any) -> RewardOutput:
+        raise RuntimeError("no reader left")
+
+    trainer.reward = broken  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no reader left"):
+        trainer.step()
+
+
+def test_a_prefix_valued_on_an_early_picture(inkling: Inkling) -> None:
+    """The continuations are those of whole pictures, cut; and no later token is computed."""
+    condition = inkling.condition(make_prompts(2))
+    method = MethodConfig(middle=2, group=2, continuations=2)
+    plans = [
+        updates.plan("prefix", own, inkling.default_schedule) for own in (method, replace(method, value_at="grid:6"))
+    ]
+    whole, early = (updates.draw(inkling, condition, plan, Sampling(), (0,)) for plan in plans)
+    assert early.whole.steps == plans[1].until == 4
+    assert torch.equal(early.whole.actions, whole.whole.actions[:, :50])
+    assert torch.equal(early.trained.actions, whole.trained.actions)
+    with counting(inkling) as found:
+        updates.draw(inkling, condition, plans[1], Sampling(), (0,))
+    assert found["tokens"] == 4 * 5 + 8 * 45
+    images = inkling.decode(early.whole.actions)
+    assert images.shape == inkling.decode(whole.whole.actions).shape
+    output = RewardOutput.from_scores(images.mean((1, 2, 3)), 8)
+    value, _ = updates.returns(output, early, plans[1], method, inkling, None, 8)
+    torch.testing.assert_close(value.flatten(), output.score.view(4, 2).exp().mean(1).log())
+    with pytest.raises(ValueError, match="value_at is step 2, and must be behind the middle step 2"):
+        updates.plan("prefix", replace(method, value_at=2), inkling.default_schedule)
+
+
+def test_the_value_of_an_early_picture_weighs_what_was_drawn(inkling: Inkling) -> None:
+    method = MethodConfig(middle=2, group=2, value_at="grid:3", value="soft-reference")
+    plan = updates.plan("prefix", method, inkling.default_schedule)
+    made = updates.draw(inkling, inkling.condition(make_prompts(1)), plan, Sampling(), (0,))
+    output = RewardOutput.from_scores(torch.rand(4, generator=torch.Generator().manual_seed(0)), 4)
+    value, _ = updates.returns(output, made, plan, method, inkling, make_inkling(1), 4)
+    logp, reference_logp = (
+        log_probs(p, made.whole.condition, made.whole.actions, range(2, 3)).logp.sum(1)
+        for p in (inkling, make_inkling(1))
+    )
+    weight = (reference_logp - logp).view(2, 2).softmax(1)
+    torch.testing.assert_close(
+        value.flatten(), (weight * output.score.view(2, 2).exp()).sum(1).log(), atol=1e-5, rtol=0
+    )
+
+
+def test_a_suffix_update_that_reuses_continuations(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prefix's continuations are a group; nothing is drawn, scored or taken from the prompts."""
+    batches: list[Batch] = []
+    whole: list[Tensor] = []
+    learn, draw = Learner.learn, updates.draw
+    monkeypatch.setattr(Learner, "learn", lambda self, batch, *rest: batches.append(batch) or learn(self, batch, *rest))
+
+    def watched(*arguments: Any) -> updates.Drawn:
+        made = draw(*arguments)
+        whole.append(made.whole.actions)
+        return made
+
+    monkeypatch.setattr(updates, "draw", watched)
+    trainer = run(weights, tmp_path, {"suffix_state": "reused", "continuations": 3, "mask": MaskConfig(kl=True)})
+    assert [count for _, count, _ in CALLS] == [24]
+    assert trainer.pictures == 24
+    assert len(whole) == 1
+    _, suffix = batches
+    assert torch.equal(suffix.sequences.actions, whole[0])
+    assert suffix.steps == range(3, 5)
+    assert suffix.shared == 3
+    score = tiny_runs.score(
+        trainer._decode(whole[0]), [Prompt(words=("A",) * len(text.split("'")[1::2])) for text in CALLS[0][2]]
+    )
+    grouped = score.score.view(8, 3)
+    expected = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, unbiased=False, keepdim=True) + 1e-6)
+    torch.testing.assert_close(suffix.advantage_B.view(8, 3), expected, atol=1e-3, rtol=1e-3)
+    assert suffix.mask_BL is not None
+    assert suffix.mask_BL.shape == (24, 180)
+    assert [line["kind"] for line in read_metrics(tmp_path)] == ["prefix", "suffix"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"update": "suffix"}, "needs prefix updates"),
+        ({"suffix_updates": 2}, "one suffix update in a row"),
+        ({"continuations": 1}, "continuations 2 or more"),
+        ({"value_at": "grid:6"}, "whole pictures by the policy"),
+        ({"continuations_by": "reference"}, "whole pictures by the policy"),
+    ],
+)
+def test_what_cannot_be_reused_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(suffix_state="reused", **options)
+
+
+def test_rollouts_in_bf16(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn in bf16; what is learned from them is computed in fp32."""
+    kinds: list[tuple[bool, bool]] = []
+    forward = Inkling.logits
+
+    def watched(self: Inkling, hidden: Tensor) -> Tensor:
+        kinds.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return forward(self, hidden)
+
+    monkeypatch.setattr(Inkling, "logits", watched)
+    run(weights, tmp_path, {"beta": 0.0}, rollout_precision="bfloat16")
+    assert set(kinds) == {(False, True), (True, False)}
