@@ -3,6 +3,7 @@
     python -m benchmarks.results run --seeds 5 --pictures 5120
     python -m benchmarks.results time
     python -m benchmarks.results report
+    python -m benchmarks.results run --methods guided unguided early reused --data benchmarks/data/savings
 
 Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with overrides, so an
 interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training.
@@ -60,6 +61,16 @@ class Method:
 
 
 ONE = PROMPTS * GROUP
+CYCLE = ONE * (3 * 2 + 1)
+"""Pictures of three prefix updates with two continuations, and a suffix update."""
+GUIDED: dict[str, object] = {
+    "sampling.guidance": 1.0,
+    "evaluation.sampling.guidance": 1.0,
+    "method.middle": "grid:3",
+    "method.continuations": 2,
+    "method.alpha": 0.6,
+    "method.prefix_updates": 3,
+}
 PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
@@ -76,11 +87,19 @@ METHODS = {
             "method.prefix_updates": 3,
             "method.suffix_updates": 1,
         },
-        ONE * (3 * 2 + 1),
+        CYCLE,
         4,
     ),
     "full": Method("full method, the recipe", {}, ONE),
 }
+SAVINGS = {
+    "guided": Method("guided rollouts", GUIDED, CYCLE, 4),
+    "unguided": Method("unguided rollouts", {**GUIDED, "sampling.guidance": 0.0}, CYCLE, 4),
+    "early": Method("valued on 6x6 pictures", {**GUIDED, "method.value_at": "grid:6"}, CYCLE, 4),
+    "reused": Method("reused continuations", {**GUIDED, "method.suffix_state": "reused"}, CYCLE - ONE, 4),
+}
+"""What the savings of docs/performance.md do to learning: the method with each, all evaluated with guidance."""
+ALL = METHODS | SAVINGS
 
 
 def folder(out: Path, name: str, seed: int) -> Path:
@@ -102,7 +121,7 @@ def command(path: Path, name: str, seed: int, updates: int, evaluate_every: int,
         "evaluation.enabled": evaluate_every > 0,
         "evaluation.every": evaluate_every,
         "evaluation.count": 96,
-        **METHODS[name].overrides,
+        **ALL[name].overrides,
     }
     return [sys.executable, "-m", "varl", "train", RECIPE, *(f"--{k}={v}" for k, v in settings.items()), *extra]
 
@@ -114,7 +133,7 @@ def run(out: Path, data: Path, seeds: int, pictures: int, names: list[str], work
 
     def work(job: tuple[str, int]) -> None:
         name, seed = job
-        kept, method, path = data / f"{name}-{seed}.json", METHODS[name], folder(out, name, seed)
+        kept, method, path = data / f"{name}-{seed}.json", ALL[name], folder(out, name, seed)
         if kept.exists():
             return
         updates, every = method.updates_for(pictures), method.evaluate_every(EVALUATE_EVERY)
@@ -166,7 +185,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "results")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pictures", type=int, default=5120, help="pictures scored in every run")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ALL))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/results.png"))
     a, extra = parser.parse_known_args()
@@ -180,7 +199,7 @@ def main() -> None:
         console.print(each)
     else:
         each = json.loads(seconds.read_text()) if seconds.exists() else {}
-        labels = {name: method.label for name, method in METHODS.items()}
+        labels = {name: method.label for name, method in ALL.items()}
         print_report(load(a.data, a.methods), each, labels, a.figure, console)
 
 

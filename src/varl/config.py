@@ -264,6 +264,7 @@ class EvaluationConfig:
         count: how many prompts to generate; ignored for files.
         prompt_seed: of the generated prompts.
         seed: of the pictures.
+        sampling: how the pictures are drawn; by default as in training.
         every: updates between evaluations; 0 evaluates only before and after.
         enabled: evaluate at all.
     """
@@ -272,6 +273,7 @@ class EvaluationConfig:
     count: int = 128
     prompt_seed: int = 1
     seed: int = 0
+    sampling: Sampling | None = None
     every: int = 0
     enabled: bool = True
 
@@ -328,7 +330,7 @@ class TrainConfig:
     Attributes:
         policy: which model.
         prompts: which prompts.
-        sampling: how pictures are drawn, in training and evaluation.
+        sampling: how pictures are drawn, in training and, if that asks for nothing else, in evaluation.
         method: what is sampled, rewarded and trained.
         optimizer: AdamW.
         evaluation: on held-out prompts.

@@ -135,8 +135,9 @@ class Trainer:
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
         if self.held_out:
             self.policy.condition(self.held_out, self.schedule)
-        if config.sampling.top_k > self.policy.classes:
-            raise ValueError(f"sampling.top_k is {config.sampling.top_k}; there are only {self.policy.classes} classes")
+        for name, sampling in (("sampling", config.sampling), ("evaluation.sampling", e.sampling or config.sampling)):
+            if sampling.top_k > self.policy.classes:
+                raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
         self.reward = load_reward(config.reward)
         self.lora = config.policy.lora.rank > 0
         self.reference: Policy | None = None
@@ -283,7 +284,7 @@ class Trainer:
         result = evaluate(
             self.policy,
             self.held_out,
-            self.config.sampling,
+            self.config.evaluation.sampling or self.config.sampling,
             self.reward,
             seed=self.config.evaluation.seed,
             schedule=self.schedule,
