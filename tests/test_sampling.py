@@ -84,6 +84,25 @@ def test_filters_work_row_by_row() -> None:
         assert torch.equal(filtered[tuple(index)], filter_logits(logits[tuple(index)], sampling))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
+def test_top_p_of_the_classes_that_top_k_left(top_k: int, top_p: float) -> None:
+    """The short way, over k sorted values, keeps what sorting all classes keeps."""
+    logits = 2 * torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    kth = logits.sort(-1).values[:, 9 - top_k, None]
+    left = logits.masked_fill(logits < kth, -torch.inf)
+    torch.testing.assert_close(
+        filter_logits(logits, Sampling(top_k=top_k, top_p=top_p)), filter_logits(left, Sampling(top_p=top_p))
+    )
+
+
+def test_ties_behind_the_kth_class_stay() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert filter_logits(logits, Sampling(top_k=2, top_p=0.99)).isfinite().tolist() == [
+        [False, True, True, True, False]
+    ]
+
+
 def test_frequencies_are_the_softmax() -> None:
     draws = 40_000
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0, -math.inf, 1.0])

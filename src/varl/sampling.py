@@ -64,8 +64,16 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k > classes:
         raise ValueError(f"top_k is {sampling.top_k}, but there are only {classes} classes")
     if 0 < sampling.top_k < classes:
-        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        values, places = logits.topk(min(sampling.top_k + 1, classes), dim=-1)
+        if sampling.top_p < 1 and not (values[..., 1:] == values[..., :-1]).any():
+            # No ties: what top-k leaves is sorted already, and top-p needs to look at no other class.
+            values, places = values[..., : sampling.top_k], places[..., : sampling.top_k]
+            behind = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+            drop = behind <= 1 - sampling.top_p
+            drop[..., 0] = False
+            kept = values.masked_fill(drop, -torch.inf)
+            return torch.full_like(logits, -torch.inf).scatter(-1, places, kept)
+        logits = logits.masked_fill(logits < values[..., sampling.top_k - 1 : sampling.top_k], -torch.inf)
     if sampling.top_p < 1:
         ascending, order = logits.sort(dim=-1, stable=True)
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
