@@ -5,6 +5,7 @@ And the options that make it cheaper: they give the numbers that they promise.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor
 import tiny_runs
 from learning import assert_close, gradients, learner, stage
 from small import make_inkling, make_prompts
-from varl import Sampling, log_probs, rollout, updates
+from varl import Sampling, log_probs, rollout, sizing, updates
 from varl.config import EvaluationConfig, MaskConfig, MethodConfig, PolicyConfig, PromptConfig, RunConfig, TrainConfig
 from varl.learner import WATCHED, Batch, Learner
 from varl.models.inkling import Inkling
@@ -313,3 +314,62 @@ def test_rollouts_in_bf16(weights: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Inkling, "logits", watched)
     run(weights, tmp_path, {"beta": 0.0}, rollout_precision="bfloat16")
     assert set(kinds) == {(False, True), (True, False)}
+
+
+def costing(monkeypatch: pytest.MonkeyPatch, cost: dict[int, float], filled: float = 0.0) -> list[int]:
+    """Passes that cost so many seconds by their size; returns the sizes that are tried."""
+    tried: list[int] = []
+
+    def seconds(own: Learner, *_: Any) -> float:
+        tried.append(own.micro_batch)
+        if cost[own.micro_batch] < 0:
+            raise torch.OutOfMemoryError("full")
+        return cost[own.micro_batch]
+
+    monkeypatch.setattr(sizing, "_seconds", seconds)
+    monkeypatch.setattr(sizing, "_filled", lambda: filled)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("cost", "filled", "expected", "last"),
+    [
+        ({1: 1.0, 2: 1.6, 4: 2.4, 8: 4.0}, 0.0, 8, 8),
+        ({1: 1.0, 2: 1.6, 4: 2.4, 8: 4.79}, 0.0, 4, 8),  # 8 costs a little less a sequence: not worth the memory
+        ({1: 1.0, 2: 1.6, 4: 4.8, 8: 1.0}, 0.0, 2, 4),  # slower by more than a fifth: larger ones are not tried
+        ({1: 1.0, 2: 1.6, 4: -1.0}, 0.0, 2, 4),
+        ({1: 1.0, 2: 1.6, 4: 2.4}, 0.5, 1, 1),  # twice as much would not fit
+    ],
+)
+def test_the_fastest_micro_batch(
+    cost: dict[int, float], filled: float, expected: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, method = make_inkling(), MethodConfig(middle=3, group=4)
+    own, batch = learner(policy, method), drawn(policy, "prefix", method)
+    tried = costing(monkeypatch, cost, filled)
+    assert sizing.fastest_micro_batch(own, batch.sequences, batch.steps) == expected
+    assert tried[-1] == last
+    assert own.micro_batch == 8
+    costing(monkeypatch, {1: -1.0})
+    with pytest.raises(RuntimeError, match="not even one sequence"):
+        sizing.fastest_micro_batch(own, batch.sequences, batch.steps)
+
+
+def test_a_run_keeps_to_what_it_measured(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = costing(monkeypatch, dict.fromkeys((1, 2, 4, 8), 1.0))
+    trainer = run(weights, tmp_path, {}, micro_batch="auto")
+    assert json.loads((tmp_path / "micro_batches.json").read_text()) == {"prefix": 8, "suffix": 8}
+    assert trainer.learner.micro_batch == 8
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in trainer.learner.parameters)
+    tried.clear()
+    trainer.step()
+    assert tried == []
+
+
+def test_measuring_takes_no_step(weights: Path, tmp_path: Path) -> None:
+    measured = run(weights, tmp_path / "measured", {}, micro_batch="auto")
+    sizes = json.loads((tmp_path / "measured" / "micro_batches.json").read_text())
+    assert set(sizes) == {"prefix", "suffix"}
+    given = run(weights, tmp_path / "given", {}, micro_batch=8)
+    for own, other in zip(measured.policy.trainable.parameters(), given.policy.trainable.parameters(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5)

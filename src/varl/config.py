@@ -293,7 +293,8 @@ class RunConfig:
         seed: of everything drawn in training.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of the model; 0 leaves torch's choice.
-        micro_batch: sequences in one forward and backward pass.
+        micro_batch: sequences in one forward and backward pass; ``auto`` measures, at the first update of each kind,
+            what costs the least time and fits in memory, and keeps to it in this run folder.
         rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
         overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
             quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
@@ -308,7 +309,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 0
-    micro_batch: int = 32
+    micro_batch: int | Literal["auto"] = 32
     rollout_batch: int = 0
     overlap: bool = False
     save_every: int = 20
@@ -318,7 +319,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("updates", "micro_batch", "save_every", "keep"):
-            _need(getattr(self, name) > 0, f"run.{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
         for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
             _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 

@@ -125,6 +125,11 @@ class Learner:
                 log["entropy_by_step"] = self._entropy_by_step(scored, batch)
         return log
 
+    def backward_of_first(self, batch: Batch) -> None:
+        """A forward and backward pass over the first micro-batch, to see what it costs; the gradients are added."""
+        inputs, _ = self._inputs(batch, self._micro_batches(batch)[0], None)
+        self._loss(inputs, len(batch.sequences)).loss.backward()
+
     @torch.no_grad()
     def reference_logp(self, sequences: Rollout, steps: range, shared: int = 1) -> Tensor | None:
         """Log-probabilities of the reference, [B, L], if the loss has a term of them.

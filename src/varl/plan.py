@@ -40,6 +40,8 @@ HEADROOM = 0.9
 CHUNK = 8192
 """Tokens that ``scoring.log_probs`` runs the head on at once."""
 MAX_GPUS = 4096
+AUTO = 1
+"""Sequences in a pass that are counted where the run will measure: it takes more only if they fit."""
 MAPS = 4
 """Feature maps of the full size, in fp32, that a convolutional decoder holds at once."""
 TEXT_ENCODERS = {"infinity": 2 * 1_223_527_424, "switti": 4 * (123_060_480 + 693_021_440)}
@@ -229,8 +231,9 @@ def estimate(config: TrainConfig) -> Estimate:
     kinds = ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,)
     plans = [updates.plan(cast(updates.Kind, kind), config.method, schedule) for kind in kinds]
     items += max((_rollout(config, shape, schedule, plan) for plan in plans), key=_total)
+    sequences = AUTO if config.run.micro_batch == "auto" else config.run.micro_batch
     maps = MAPS * 4 * shape.channels * math.prod(schedule.image_size)
-    items.append(Item("pictures of a micro-batch, decoded", config.run.micro_batch * maps, "decode"))
+    items.append(Item("pictures of a micro-batch, decoded", sequences * maps, "decode"))
     shares = getattr(policy, "shares_keys", True)
     items += max((_update(config, shape, schedule, plan, shares) for plan in plans), key=_total)
     items.append(Item("optimizer's step", 4 * trained, "optimizer", sharded=True))
@@ -282,7 +285,8 @@ def _update(
     """One micro-batch, between its forward and backward pass: what is saved, and the head or a block at work."""
     method, half = config.method, config.policy.precision == "bfloat16"
     guided = method.logp == "sampling" and config.sampling.guidance > 0
-    sequences = min(config.run.micro_batch, method.prompts * plan.group)
+    size = AUTO if config.run.micro_batch == "auto" else config.run.micro_batch
+    sequences = min(size, method.prompts * plan.group)
     span = schedule.span(plan.steps)
     scored = span.stop - span.start
     tokens = shape.prompt + (span.stop if shares_keys else scored)

@@ -27,6 +27,7 @@ from varl.rewards import RewardOutput, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
 from varl.run.folder import RunFolder
+from varl.sizing import FIRST, fastest_micro_batch
 
 __all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
 
@@ -144,7 +145,12 @@ class Trainer:
         if config.method.needs_reference:
             self.reference = cast(Policy, WithoutAdapters(self.policy)) if self.lora else frozen_copy(self.policy)
         self.learner = Learner(
-            self.policy, self.reference, config.method, config.optimizer, config.sampling, run.micro_batch
+            self.policy,
+            self.reference,
+            config.method,
+            config.optimizer,
+            config.sampling,
+            FIRST if run.micro_batch == "auto" else run.micro_batch,
         )
         self.update, self.pictures = 0, 0
         self.seconds: dict[str, float] = defaultdict(float)
@@ -179,7 +185,7 @@ class Trainer:
         drawn, output = sampled.drawn, sampled.output
         with self.stage("return"), self.precision():
             value_PG, valid_PG = updates.returns(
-                output, drawn, plan, method, self.policy, self.reference, self.config.run.micro_batch
+                output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch
             )
             advantages = updates.advantages(value_PG, valid_PG, method)
         with self.stage("mask"):
@@ -228,14 +234,26 @@ class Trainer:
                 run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
                 finished,
             )
+        shared = plan.tails if plan.kind == "suffix" else 1
+        if run.micro_batch == "auto":
+            self.learner.micro_batch = self._micro_batch(plan, drawn.trained, shared)
         with self.stage("reference"), self.precision():
-            shared = plan.tails if plan.kind == "suffix" else 1
             reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, shared)
         with self.stage("reward"):
             images, output = scoring.result()
         sampled = Sampled(shown, drawn, images, output, reference_logp)
         self.kept = sampled if method.suffix_state == "reused" else None
         return sampled
+
+    def _micro_batch(self, plan: updates.Plan, sequences: Rollout, shared: int) -> int:
+        """What the first update of a kind measured, noted in the run folder so that a resumed run sums alike."""
+        known = self.folder.micro_batches()
+        if plan.kind not in known:
+            with self.stage("measuring"), self.precision():
+                known[plan.kind] = fastest_micro_batch(self.learner, sequences, plan.steps, shared)
+            logger.info("%s updates take %d sequences at a time", plan.kind, known[plan.kind])
+            self.folder.note_micro_batches(known)
+        return known[plan.kind]
 
     def _reused(self, plan: updates.Plan) -> Sampled:
         """What the prefix update before drew and scored, as groups of continuations."""
@@ -329,7 +347,7 @@ class Trainer:
         return every > 0 and (self.update if after else self.update + 1) % every == 0
 
     def _decode(self, actions: Tensor) -> Tensor:
-        parts = actions.split(max(self.config.run.micro_batch, 1))
+        parts = actions.split(self.learner.micro_batch)
         return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
 
     def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:

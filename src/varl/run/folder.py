@@ -74,6 +74,18 @@ class RunFolder:
         beside.write_text(text)
         os.replace(beside, file)
 
+    def micro_batches(self) -> dict[str, int]:
+        """Measured numbers of sequences a pass, by kind of update."""
+        path = self.path / "micro_batches.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def note_micro_batches(self, sizes: dict[str, int]) -> None:
+        """Keep them for when the run is gone on with."""
+        path = self.path / "micro_batches.json"
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(sizes))
+        os.replace(beside, path)
+
     def gallery(
         self,
         update: int,
