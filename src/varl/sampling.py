@@ -111,7 +111,8 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     below = p.cumsum(-1)
     reached = uniform.to(logits.device).unsqueeze(-1) * below[..., -1:]
-    drawn = torch.searchsorted(below, reached, right=True)
+    # Logits that are NaN reach no class: the last one stands for them.
+    drawn = torch.searchsorted(below, reached, right=True).clamp_(max=logits.shape[-1] - 1)
     # A sum made in parallel may step up where a class has no probability.
     impossible = p.gather(-1, drawn) == 0
     if impossible.any():
