@@ -8,8 +8,9 @@ from torch import Tensor
 import varl
 from small import counting
 from varl import Prompt, Sampling, ScaleSchedule
+from varl.models.layers import RMSNorm
 from varl.models.switti import Switti, crop_values
-from varl.models.switti.model import GatedFeedForward, RMSNorm, rotate, rotation_table
+from varl.models.switti.model import Block, TransformerConfig, rotate, rotation_table
 from varl.models.switti.policy import GRIDS
 from varl.policy import Condition
 from varl.rollout import replay
@@ -281,7 +282,9 @@ def test_root_mean_square_in_fp32() -> None:
 
 
 def test_widths_of_the_feed_forward() -> None:
-    assert [GatedFeedForward(width).up_proj.out_features for width in (16, 48, 1920)] == [42, 128, 5120]
+    with torch.device("meta"):
+        gated = [Block(TransformerConfig(embed_dim=width, num_heads=4)).ffn for width in (16, 48, 1920)]
+    assert [ffn.up_proj.out_features for ffn in gated] == [42, 128, 5120]
     hidden = {kind: make(kind).transformer.blocks[0].ffn for kind in ("ar-abspos", "nonar-abspos")}
     assert {kind: ffn.fc1.out_features for kind, ffn in hidden.items()} == {"ar-abspos": 64, "nonar-abspos": 48}
 

@@ -49,7 +49,7 @@ def test_published_transformers(size: str) -> None:
     assert not [name for name, buffer in policy.named_buffers() if name not in policy.state_dict()]
     hyper = expected["hyper"]
     found = policy.config.transformer
-    assert (found.width, found.heads, found.patch_nums) == (
+    assert (found.embed_dim, found.num_heads, found.patch_nums) == (
         hyper["embed_dim"],
         hyper["num_heads"],
         tuple(hyper["patch_nums"]),

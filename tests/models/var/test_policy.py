@@ -9,6 +9,7 @@ import varl
 from small import counting
 from varl import Prompt, Sampling, ScaleSchedule
 from varl.models import coded
+from varl.models.layers import plain_norm
 from varl.models.var import Var
 from varl.models.var.policy import GRIDS
 from varl.policy import Condition
@@ -204,11 +205,9 @@ def test_bf16_is_near_fp32() -> None:
 
 def test_norms_stay_in_fp32() -> None:
     """A sequence far from zero: its variance would be lost in bf16."""
-    from varl.models.var.model import _norm
-
     x = (1000 + torch.arange(8.0) * 8).to(torch.bfloat16)[None, None]
-    assert _norm(x, 1e-6).dtype == torch.float32
-    torch.testing.assert_close(_norm(x, 1e-6), _norm(x.float(), 1e-6))
+    assert plain_norm(x, 1e-6).dtype == torch.float32
+    torch.testing.assert_close(plain_norm(x, 1e-6), plain_norm(x.float(), 1e-6))
 
 
 def test_checkpointing_gives_the_same_gradients(policy: Var, condition: Condition) -> None:
