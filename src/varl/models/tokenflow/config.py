@@ -130,6 +130,8 @@ class TokenizerConfig:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         object.__setattr__(self, "dec_ch", self.dec_ch or (256 if self.enhanced_decoder else 128))
         object.__setattr__(self, "dec_res", self.dec_res or (4 if self.enhanced_decoder else 2))
+        if self.enc_ch % 32 or self.dec_ch % 32:
+            raise ValueError(f"enc_ch {self.enc_ch} and dec_ch {self.dec_ch} must be multiples of 32")
         if self.scales[0] != 1:
             raise ValueError(f"TokenFlow's first scale is 1, read at the prompt's last piece; got {self.scales}")
         if not self.infer_interpolate and self.scales[-1] != self.pos_grid:
