@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varl.models.autoencoder import Decoder, Encoder
-from varl.models.quantizer import Phi, ResidualQuantizer
+from varl.models.quantizer import CodebookQuantizer, Phi
 from varl.schedule import ScaleSchedule
 
 __all__ = ["VQVAE", "Quantizer", "VQVAEConfig", "phi_of_steps"]
@@ -68,7 +68,7 @@ def phi_of_steps(count: int, steps: int) -> list[int]:
     return [int(np.argmin(np.abs(ticks - step / max(steps - 1, 1)))) for step in range(steps)]
 
 
-class Quantizer(ResidualQuantizer):
+class Quantizer(CodebookQuantizer):
     """The quantizer with a few smoothing convolutions that steps share, under the names of the checkpoints."""
 
     ema_vocab_hit_SV: Tensor
