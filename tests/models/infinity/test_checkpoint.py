@@ -136,6 +136,7 @@ def test_configurations() -> None:
         ({"transformer": 3}, "must be a mapping"),
         ({"swiglu": True}, "swiglu = True is not supported"),
         ({"head_depth": 3}, "head_depth must be 1 or 2"),
+        ({"depth": "four"}, "settings of Infinity's transformer cannot be used"),
         ({"rope2d_normalized_by_hw": 3}, "0, 1 or 2"),
         ({"depth": 5, "block_chunks": 2}, "multiple of block_chunks"),
         ({"embed_dim": 60, "num_heads": 7}, "7 heads of a multiple of 4"),
@@ -232,11 +233,11 @@ def test_weights_that_do_not_fit(policy: Infinity, tmp_path: Path) -> None:
 
     save_policy(policy, tmp_path / "whole")
     file = tmp_path / "whole" / "infinity.pth"
-    with pytest.raises(ValueError, match="no Infinity weights come with the package"):
+    with pytest.raises(ValueError, match='without weights: give local paths for transformer, or "random"'):
         load(None)
     with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         load(tmp_path / "gone.pth")
-    with pytest.raises(ValueError, match="need a transformer; given are tokenizer"):
+    with pytest.raises(ValueError, match="needs weights for its transformer; given are tokenizer"):
         load({"tokenizer": "random"})
     with pytest.raises(ValueError, match="no part 'vae'; its parts are transformer, tokenizer, text_encoder"):
         load({"vae": file})

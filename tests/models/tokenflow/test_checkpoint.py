@@ -155,7 +155,7 @@ def test_the_text_tokenizer_is_beside_the_model(tmp_path: Path, small: TokenFlow
 
 
 def test_missing_parts(tmp_path: Path, small: TokenFlow) -> None:
-    with pytest.raises(ValueError, match=r'local paths .* or "random"'):
+    with pytest.raises(ValueError, match='local paths for transformer, tokenizer, or "random"'):
         varl.load_policy("tokenflow", SMALL)
     for part in ("transformer", "tokenizer"):
         rest = {name: source for name, source in parts(small).items() if name != part}

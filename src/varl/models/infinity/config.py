@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from varl.models.fields import fill
 from varl.models.infinity.schedules import RESOLUTIONS, grids
 from varl.schedule import ScaleSchedule
 
@@ -224,11 +225,10 @@ def read_config(config: Mapping[str, Any] | None) -> InfinityConfig:
         if name in merged and merged[name] != value:
             raise ValueError(f"Infinity with {name} = {merged[name]!r} is not supported, only with {value!r}")
     values = _tokenizer_of(merged) | merged
-    made = InfinityConfig(
-        TransformerConfig(**{k: v for k, v in values.items() if k in names[TransformerConfig]}),
-        TokenizerConfig(**{k: v for k, v in values.items() if k in names[TokenizerConfig]}),
-        **{k: _fixed(k, v) for k, v in values.items() if k in own},
-    )
+    filled: dict[str, Any] = {k: _fixed(k, v) for k, v in values.items() if k in own}
+    for part, kind in (("transformer", TransformerConfig), ("tokenizer", TokenizerConfig)):
+        filled[part] = fill(kind, {k: v for k, v in values.items() if k in names[kind]}, f"Infinity's {part}")
+    made = fill(InfinityConfig, filled, "Infinity")
     _check_derived(made, merged)
     return made
 
