@@ -136,7 +136,6 @@ def test_configurations() -> None:
         ({"transformer": 3}, "must be a mapping"),
         ({"swiglu": True}, "swiglu = True is not supported"),
         ({"head_depth": 3}, "head_depth must be 1 or 2"),
-        ({"depth": "four"}, "settings of Infinity's transformer cannot be used"),
         ({"rope2d_normalized_by_hw": 3}, "0, 1 or 2"),
         ({"depth": 5, "block_chunks": 2}, "multiple of block_chunks"),
         ({"embed_dim": 60, "num_heads": 7}, "7 heads of a multiple of 4"),
