@@ -173,6 +173,15 @@ def test_saving_and_loading_again(policy: Infinity, tmp_path: Path) -> None:
     assert not again.training
 
 
+def test_given_tensors_stay_the_givers(policy: Infinity) -> None:
+    loaded = varl.load_policy("infinity", SHAPE, states(policy))
+    assert isinstance(loaded, Infinity)
+    assert same(loaded, policy)
+    with torch.no_grad():
+        loaded.transformer.pos_start += 1
+    assert not torch.equal(loaded.transformer.pos_start, policy.transformer.pos_start)
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
 def test_a_file_holds_the_transformer(policy: Infinity, tmp_path: Path, name: str) -> None:
     save_policy(policy, tmp_path / name)
