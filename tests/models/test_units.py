@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from varl import Sampling
+from varl.models.autoencoder import Residual
 from varl.models.quantizer import resize_area, resize_up
 from varl.models.var.model import FinalNorm
-from varl.models.vqvae import Residual, phi_of_steps
+from varl.models.vqvae import phi_of_steps
 from varl.sampling import filter_logits
 from vectors import GOLDEN
 

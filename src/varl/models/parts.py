@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,28 @@ from torch import Tensor, nn
 
 from varl.models.weights import Source, describe, part_sources, read_tensors
 
-__all__ = ["find_parts", "read_part", "save_parts"]
+__all__ = ["find_parts", "read_part", "save_parts", "state_of", "write_tensors"]
 
 
 def find_parts(weights: Any, parts: Sequence[str], needed: Sequence[str], family: str) -> dict[str, Source]:
     """The source of every part, all of ``needed`` among them.
 
-    A folder with a file (``transformer.safetensors``) or folder of a part's name stands for all parts it holds, as
-    ``save_parts`` writes it.
+    A folder with a file (``transformer.safetensors``) or folder of the first part's name stands for all parts that it
+    holds, as ``save_parts`` writes it.
 
     Raises:
         ValueError: if nothing is given, a part is none of the family's, or one that is needed is missing.
     """
     wanted = ", ".join(needed)
     if weights is None:
-        raise ValueError(f'{family} needs weights: a local path for each of {wanted}, or "random"')
+        raise ValueError(f'{family} comes without weights: give local paths for {wanted}, or "random"')
     if isinstance(weights, str | Path) and Path(weights).is_dir():
         found = {path.stem: path for path in sorted(Path(weights).iterdir()) if path.stem in parts}
-        weights = found or weights
+        weights = found if parts[0] in found else weights
     sources = part_sources(weights, parts, family)
     missing = [part for part in needed if sources.get(part) is None]
     if missing:
-        raise ValueError(f"{family} needs weights for {wanted}; there are none for {', '.join(missing)}")
+        raise ValueError(f"{family} needs weights for its {', '.join(missing)}; given are {', '.join(sources)}")
     return sources
 
 
@@ -62,10 +63,24 @@ def save_parts(parts: Mapping[str, nn.Module], path: Path) -> None:
         for name, module in parts.items():
             save_parts({name: module}, path / f"{name}.safetensors")
         return
-    state = next(iter(parts.values())).state_dict()
-    tensors = {k: (v.detach().float() if v.is_floating_point() else v).cpu().contiguous() for k, v in state.items()}
+    write_tensors(state_of(next(iter(parts.values()))), path)
+
+
+def state_of(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A module's tensors as files hold them: on the CPU, floating ones of ``dtype``."""
+    state = {key: value.detach().cpu() for key, value in module.state_dict().items()}
+    return {key: (v.to(dtype) if v.is_floating_point() else v).contiguous() for key, v in state.items()}
+
+
+def write_tensors(content: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a ``.safetensors`` file (with its metadata), or to a torch file of any other suffix.
+
+    It is written beside and renamed: the tensors may be mapped from the very file that is replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pth":
-        torch.save(tensors, path)
+    beside = path.with_name(path.name + ".new")
+    if path.suffix == ".safetensors":
+        save_file(dict(content), beside, metadata)
     else:
-        save_file(tensors, path)
+        torch.save(content, beside)
+    os.replace(beside, path)

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from varl.schedule import ScaleSchedule
 
-__all__ = ["MultiScaleQuantizer", "Phi", "ResidualQuantizer", "resize_area", "resize_up"]
+__all__ = [
+    "CodebookQuantizer",
+    "MultiScaleQuantizer",
+    "Phi",
+    "ResidualQuantizer",
+    "nearest_code",
+    "resize_area",
+    "resize_up",
+]
 
 
 def resize_area(x_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,46 +40,45 @@ class Phi(nn.Conv2d):
         return h * (1 - self.ratio) + super().forward(h) * self.ratio
 
 
-class ResidualQuantizer(nn.Module):
-    """One codebook for all scales; a picture's features are the sum of the enlarged, smoothed grids of codes.
+def nearest_code(z_BNC: Tensor, table_VC: Tensor) -> Tensor:
+    """Index of the nearest code: [B, N]."""
+    return (table_VC.square().sum(1) - 2 * z_BNC @ table_VC.T).argmin(-1)
 
-    How an enlarged grid is smoothed is for subclasses to say, in ``smooth``.
+
+class ResidualQuantizer(nn.Module):
+    """A picture's features are the sum of the enlarged grids of codes; a code is one index for all scales.
+
+    Subclasses hold the codes: ``entries``, ``nearest``, and what becomes of an enlarged grid, ``smooth``.
 
     Args:
-        codes: codebook size V.
         width: channels C of a code.
         schedule: the grids; every method takes maps of the final grid's size.
         enlarge: how grids are enlarged, a mode of ``torch.nn.functional.interpolate``.
-        cosine: choose the code of the largest cosine rather than the nearest one.
     """
 
-    def __init__(
-        self, codes: int, width: int, schedule: ScaleSchedule, enlarge: str = "bicubic", cosine: bool = False
-    ) -> None:
+    def __init__(self, width: int, schedule: ScaleSchedule, enlarge: str = "bicubic") -> None:
         super().__init__()
-        self.enlarge, self.cosine = enlarge, cosine
-        self.schedule = schedule
-        self.embedding = nn.Embedding(codes, width)
+        self.width, self.schedule, self.enlarge = width, schedule, enlarge
+
+    def entries(self, actions_BN: Tensor) -> Tensor:
+        """Codes [B, N, C]."""
+        raise NotImplementedError
+
+    def nearest(self, z_BCHW: Tensor) -> Tensor:
+        """Index of the nearest code for every cell: [B, H * W]."""
+        raise NotImplementedError
 
     def smooth(self, h_BCHW: Tensor, step: int) -> Tensor:
         """What becomes of the enlarged grid of ``step``, [B, C, H_T, W_T]."""
-        raise NotImplementedError
+        return h_BCHW
 
     @property
     def final_grid(self) -> tuple[int, int]:
         return self.schedule.grids[-1]
 
-    def nearest(self, z_BCHW: Tensor) -> Tensor:
-        """Index of the nearest code for every cell: [B, H * W]."""
-        z = z_BCHW.flatten(2).transpose(1, 2)
-        table = self.embedding.weight
-        if self.cosine:
-            return (F.normalize(z, dim=-1) @ F.normalize(table, dim=-1).T).argmax(-1)
-        return (table.square().sum(1) - 2 * z @ table.T).argmin(-1)
-
     def contribution(self, actions_BN: Tensor, step: int) -> Tensor:
         """What the codes of one step add to the features: [B, C, H_T, W_T]."""
-        return self.contribution_of(self.embedding(actions_BN), step)
+        return self.contribution_of(self.entries(actions_BN), step)
 
     def contribution_of(self, codes_BNC: Tensor, step: int) -> Tensor:
         """What code vectors, mixtures of the codebook's or not, add to the features: [B, C, H_T, W_T]."""
@@ -89,7 +96,7 @@ class ResidualQuantizer(nn.Module):
 
     def empty(self, batch: int) -> Tensor:
         """The sum of no contributions, [B, C, H_T, W_T]."""
-        return self.embedding.weight.new_zeros(batch, self.embedding.embedding_dim, *self.final_grid)
+        return next(self.parameters()).new_zeros(batch, self.width, *self.final_grid)
 
     def features(self, actions_BL: Tensor) -> Tensor:
         """Sum of the contributions of the steps that ``actions`` covers (all, or the first ones): [B, C, H_T, W_T]."""
@@ -119,11 +126,37 @@ class ResidualQuantizer(nn.Module):
         return self.schedule.offsets.index(tokens)
 
 
-class MultiScaleQuantizer(ResidualQuantizer):
+class CodebookQuantizer(ResidualQuantizer):
+    """One codebook for all scales.
+
+    Args:
+        codes: its size V.
+        width, schedule, enlarge: as in ``ResidualQuantizer``.
+        cosine: choose the code of the largest cosine rather than the nearest one.
+    """
+
+    def __init__(
+        self, codes: int, width: int, schedule: ScaleSchedule, enlarge: str = "bicubic", cosine: bool = False
+    ) -> None:
+        super().__init__(width, schedule, enlarge)
+        self.cosine = cosine
+        self.embedding = nn.Embedding(codes, width)
+
+    def entries(self, actions_BN: Tensor) -> Tensor:
+        return self.embedding(actions_BN)
+
+    def nearest(self, z_BCHW: Tensor) -> Tensor:
+        z, table = z_BCHW.flatten(2).transpose(1, 2), self.embedding.weight
+        if self.cosine:
+            return (F.normalize(z, dim=-1) @ F.normalize(table, dim=-1).T).argmax(-1)
+        return nearest_code(z, table)
+
+
+class MultiScaleQuantizer(CodebookQuantizer):
     """A quantizer with a ``Phi`` for every step.
 
     Args:
-        codes, width, schedule, enlarge: as in ``ResidualQuantizer``.
+        codes, width, schedule, enlarge: as in ``CodebookQuantizer``.
         ratio: r of ``Phi``.
     """
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from models.infinity.cases import GOLDEN, difference, draw_bits, make_policy
 from models.infinity.reference import reference_autoencoder
+from varl.models.autoencoder import group_norm
 from varl.models.infinity.bits import BitQuantizer, binarize, resize_linear
 from varl.models.infinity.model import HeadNorm, TextNorm
-from varl.models.infinity.tokenizer import Norm
 from varl.models.quantizer import resize_area
 from varl.schedule import ScaleSchedule
 
@@ -25,9 +25,9 @@ def units() -> dict[str, Tensor]:
 
 
 def test_norms_of_small_signals(units: dict[str, Tensor]) -> None:
-    text, group, head = TextNorm(24, 1e-6), Norm(64), HeadNorm(32, 1e-6)
+    text, group, head = TextNorm(24, 1e-6), group_norm(64), HeadNorm(32, 1e-6)
     text.weight.data = units["rms_weight"]
-    group.norm.weight.data, group.norm.bias.data = units["groupnorm_weight"], units["groupnorm_bias"]
+    group.weight.data, group.bias.data = units["groupnorm_weight"], units["groupnorm_bias"]
     prefix = "head_nm."
     head.load_state_dict({k.removeprefix(prefix): v for k, v in units.items() if k.startswith(prefix)})
     assert difference(text(units["rms_x"]), units["rms_out"]) < 1e-5

@@ -173,6 +173,15 @@ def test_saving_and_loading_again(policy: Infinity, tmp_path: Path) -> None:
     assert not again.training
 
 
+def test_given_tensors_stay_the_givers(policy: Infinity) -> None:
+    loaded = varl.load_policy("infinity", SHAPE, states(policy))
+    assert isinstance(loaded, Infinity)
+    assert same(loaded, policy)
+    with torch.no_grad():
+        loaded.transformer.pos_start += 1
+    assert not torch.equal(loaded.transformer.pos_start, policy.transformer.pos_start)
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
 def test_a_file_holds_the_transformer(policy: Infinity, tmp_path: Path, name: str) -> None:
     save_policy(policy, tmp_path / name)
@@ -232,11 +241,11 @@ def test_weights_that_do_not_fit(policy: Infinity, tmp_path: Path) -> None:
 
     save_policy(policy, tmp_path / "whole")
     file = tmp_path / "whole" / "infinity.pth"
-    with pytest.raises(ValueError, match="no Infinity weights come with the package"):
+    with pytest.raises(ValueError, match='without weights: give local paths for transformer, or "random"'):
         load(None)
     with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         load(tmp_path / "gone.pth")
-    with pytest.raises(ValueError, match="need a transformer; given are tokenizer"):
+    with pytest.raises(ValueError, match="needs weights for its transformer; given are tokenizer"):
         load({"tokenizer": "random"})
     with pytest.raises(ValueError, match="no part 'vae'; its parts are transformer, tokenizer, text_encoder"):
         load({"vae": file})

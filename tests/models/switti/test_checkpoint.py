@@ -110,8 +110,8 @@ def test_wrong_files(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
-        ({}, None, 'needs weights: a local path for each of transformer, tokenizer, or "random"'),
-        ({}, {"transformer": {"a": torch.zeros(1)}}, "there are none for tokenizer"),
+        ({}, None, 'without weights: give local paths for transformer, tokenizer, or "random"'),
+        ({}, {"transformer": {"a": torch.zeros(1)}}, "needs weights for its tokenizer; given are transformer"),
         ({"size": "2048"}, "random", "no size '2048'; there are 512, 512-ar, 1024, 1024-ar"),
         ({"depth": 2}, "random", "no setting 'depth'; it has size, transformer, tokenizer, turn_on_cfg_start_si"),
         ({"transformer": {"dept": 2}}, "random", "Switti's transformer has no 'dept'; it has Cvae, V, depth"),

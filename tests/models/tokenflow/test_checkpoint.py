@@ -155,7 +155,7 @@ def test_the_text_tokenizer_is_beside_the_model(tmp_path: Path, small: TokenFlow
 
 
 def test_missing_parts(tmp_path: Path, small: TokenFlow) -> None:
-    with pytest.raises(ValueError, match=r'local paths .* or "random"'):
+    with pytest.raises(ValueError, match='local paths for transformer, tokenizer, or "random"'):
         varl.load_policy("tokenflow", SMALL)
     for part in ("transformer", "tokenizer"):
         rest = {name: source for name, source in parts(small).items() if name != part}
@@ -202,6 +202,7 @@ def test_wrong_files(tmp_path: Path, small: TokenFlow) -> None:
         ({"transformer": {"num_attention_heads": 3}}, "multiple of 3 heads"),
         ({"transformer": {"num_key_value_heads": 5}}, "cannot share 5 heads"),
         ({"tokenizer": {"teacher": "siglip_384"}}, "teacher clipb_224 draws, not siglip_384"),
+        ({"tokenizer": {"dec_ch": 24}}, "enc_ch 128 and dec_ch 24 must be multiples of 32"),
         ({"tokenizer": {"scales": (2, 4)}}, "first scale is 1"),
         ({"tokenizer": {"scales": (1, 16), "infer_interpolate": False}}, "last scale must be 14"),
     ],

@@ -49,7 +49,7 @@ def test_published_transformers(size: str) -> None:
     assert not [name for name, buffer in policy.named_buffers() if name not in policy.state_dict()]
     hyper = expected["hyper"]
     found = policy.config.transformer
-    assert (found.width, found.heads, found.patch_nums) == (
+    assert (found.embed_dim, found.num_heads, found.patch_nums) == (
         hyper["embed_dim"],
         hyper["num_heads"],
         tuple(hyper["patch_nums"]),
@@ -187,8 +187,8 @@ def test_wrong_files(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
-        ({}, None, 'needs weights: a local path for each of transformer, tokenizer, or "random"'),
-        ({}, {"transformer": {"a": torch.zeros(1)}}, "there are none for tokenizer"),
+        ({}, None, 'without weights: give local paths for transformer, tokenizer, or "random"'),
+        ({}, {"transformer": {"a": torch.zeros(1)}}, "needs weights for its tokenizer; given are transformer"),
         ({"size": "d17"}, "random", "no size 'd17'; there are d16, d20, d24, d30, d36-s"),
         ({"depth": 2}, "random", "no setting 'depth'; it has size, transformer, tokenizer"),
         ({"transformer": {"dept": 2}}, "random", "VAR's transformer has no 'dept'; it has num_classes, depth"),

@@ -1,18 +1,14 @@
-"""Infinity's three attentions: over scales, to the text, and the pooling of a text into one vector."""
+"""Infinity's attention to the text, and the pooling of a text into one vector."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, attend_by_scale
 from varl.models.infinity.config import TransformerConfig
-from varl.models.infinity.rope import rotate
 
-__all__ = ["CrossAttention", "SelfAttention", "TextPool"]
+__all__ = ["CrossAttention", "TextPool"]
 
 
 class Normalizing(nn.Module):
@@ -24,35 +20,6 @@ class Normalizing(nn.Module):
         super().__init__()
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-
-
-class SelfAttention(Normalizing):
-    """A token sees its own grid and all coarser ones. Keys and queries are rotated in fp32."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config.embed_dim)
-        width, self.heads, self.cos_attn = config.embed_dim, config.num_heads, config.cos_attn
-        self.scale = 1.0 if config.cos_attn else 1 / math.sqrt(width // config.num_heads) / config.tau
-        if config.cos_attn:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4.0)))
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def forward(
-        self, x_BLC: Tensor, rotary: Tensor, counts: list[int], cache: Cache | None, layer: int, start: int
-    ) -> Tensor:
-        qkv = self.mat_qkv(x_BLC) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = q.float(), k.float()
-        if self.cos_attn:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.float().clamp(max=math.log(100.0)).exp()
-            k = F.normalize(k, dim=-1)
-        q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
-        if cache is not None:
-            k, v = cache.write(layer, start, k, v)
-        attended = attend_by_scale(q, k, v, counts, self.scale)
-        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 def attend_text(q: Tensor, k: Tensor, v: Tensor, mask_BT: Tensor, rounded: bool) -> Tensor:

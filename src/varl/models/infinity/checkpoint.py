@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varl.models.infinity.condition import TextEncoder
@@ -16,7 +15,8 @@ from varl.models.infinity.config import InfinityConfig, read_config
 from varl.models.infinity.model import Transformer
 from varl.models.infinity.policy import Infinity
 from varl.models.infinity.tokenizer import Tokenizer
-from varl.models.weights import Source, describe, load_strict, part_sources, read_tensors
+from varl.models.parts import find_parts, read_part, state_of, write_tensors
+from varl.models.weights import Source, describe, load_strict
 
 __all__ = ["PARTS", "load", "save"]
 
@@ -37,15 +37,11 @@ def load(config: Mapping[str, Any] | None = None, weights: Any = None) -> Infini
             ``tokenizer`` and ``text_encoder`` (a folder that transformers reads) to theirs. The first two may be
             ``"random"``; the last two may be left out, and then pictures, or conditions from prompts, are refused.
     """
-    if weights is None:
-        raise ValueError("no Infinity weights come with the package: give a local path, or 'random' for random ones")
     if isinstance(weights, str) and weights == "random":
         weights = {"transformer": "random", "tokenizer": "random"}
     if isinstance(weights, str | Path) and (Path(weights) / FILES["transformer"]).is_file():
         weights = {part: Path(weights) / name for part, name in FILES.items() if (Path(weights) / name).is_file()}
-    sources = part_sources(weights, PARTS, "Infinity")
-    if "transformer" not in sources:
-        raise ValueError(f"Infinity's weights need a transformer; given are {', '.join(sources) or 'none'}")
+    sources = find_parts(weights, PARTS, PARTS[:1], "Infinity")
     shape = read_config(config)
     tensors = _read(sources["transformer"], "transformer")
     if tensors is not None:
@@ -73,27 +69,15 @@ def save(policy: Infinity, path: str | Path, dtype: torch.dtype = torch.float32)
         dtype: of floating tensors.
     """
     path = Path(path)
-    transformer = _state(policy.transformer, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(transformer, path, metadata={"family": "infinity"})
-    elif path.suffix:
-        torch.save(transformer, path)
-    else:
-        path.mkdir(exist_ok=True)
-        torch.save(transformer, path / FILES["transformer"])
-        if policy.tokenizer is not None:
-            torch.save({"vae": _state(policy.tokenizer, dtype)}, path / FILES["tokenizer"])
-
-
-def _state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {key: value.detach().cpu() for key, value in module.state_dict().items()}
-    return {key: (v.to(dtype) if v.is_floating_point() else v).contiguous().clone() for key, v in tensors.items()}
+    file = path if path.suffix else path / FILES["transformer"]
+    write_tensors(state_of(policy.transformer, dtype), file, {"family": "infinity"})
+    if not path.suffix and policy.tokenizer is not None:
+        write_tensors({"vae": state_of(policy.tokenizer, dtype)}, path / FILES["tokenizer"])
 
 
 def _read(source: Source, part: str) -> dict[str, Tensor] | None:
     """A part's tensors, None for random ones."""
-    return None if isinstance(source, str) and source == "random" else read_tensors(source, NESTED[part])
+    return None if isinstance(source, str) and source == "random" else read_part(source, NESTED[part])[0]
 
 
 M = TypeVar("M", bound=nn.Module)

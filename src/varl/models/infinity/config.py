@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from varl.models.fields import fill
 from varl.models.infinity.schedules import RESOLUTIONS, grids
 from varl.schedule import ScaleSchedule
 
@@ -213,7 +214,7 @@ def read_config(config: Mapping[str, Any] | None) -> InfinityConfig:
             raise ValueError(f"Infinity's {part} must be a mapping of its fields, not {inner!r}")
         given |= inner
     merged = SIZES.get(size or "", {}) | given
-    names = {part: {f.name for f in fields(part)} for part in (TransformerConfig, TokenizerConfig, InfinityConfig)}
+    names = {kind: {f.name for f in fields(kind)} for kind in (TransformerConfig, TokenizerConfig, InfinityConfig)}
     own = names[InfinityConfig] - {"transformer", "tokenizer"}
     settings = names[TransformerConfig] | names[TokenizerConfig] | own | {"vae_type", "d_vae"}
     unknown = sorted(merged.keys() - settings - set(ONLY) - PASSED_OVER - DERIVED)
@@ -224,11 +225,11 @@ def read_config(config: Mapping[str, Any] | None) -> InfinityConfig:
         if name in merged and merged[name] != value:
             raise ValueError(f"Infinity with {name} = {merged[name]!r} is not supported, only with {value!r}")
     values = _tokenizer_of(merged) | merged
-    made = InfinityConfig(
-        TransformerConfig(**{k: v for k, v in values.items() if k in names[TransformerConfig]}),
-        TokenizerConfig(**{k: v for k, v in values.items() if k in names[TokenizerConfig]}),
-        **{k: _fixed(k, v) for k, v in values.items() if k in own},
-    )
+    parts = {
+        part: fill(kind, {k: v for k, v in values.items() if k in names[kind]}, f"Infinity's {part}")
+        for part, kind in (("transformer", TransformerConfig), ("tokenizer", TokenizerConfig))
+    }
+    made = fill(InfinityConfig, parts | {k: _fixed(k, v) for k, v in values.items() if k in own}, "Infinity")
     _check_derived(made, merged)
     return made
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varl.models.blocks import Cache, KeyValueCache, run_block
-from varl.models.infinity.attention import CrossAttention, SelfAttention, TextPool
+from varl.models.infinity.attention import CrossAttention, TextPool
 from varl.models.infinity.config import TransformerConfig
 from varl.models.infinity.rope import rotary_table
 from varl.models.infinity.schedules import final_grid
+from varl.models.layers import FeedForward, Modulation, SelfAttention, modulated, plain_norm, spread
 from varl.schedule import ScaleSchedule
 
 __all__ = ["After", "Transformer"]
@@ -26,11 +27,6 @@ __all__ = ["After", "Transformer"]
 LEVELS = 15
 After = Callable[[int, Tensor], Tensor]
 """(layer, output of its block) -> what goes on instead."""
-
-
-def plain_norm(x: Tensor, eps: float) -> Tensor:
-    """Layer normalisation without learned numbers, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
 class TextNorm(nn.Module):
@@ -61,30 +57,20 @@ class FullLinear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class FeedForward(nn.Module):
-    """Two linear layers around a GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Modulated self-attention, cross-attention to the text, modulated feed-forward."""
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:
         super().__init__()
         width, self.eps, self.drop_path = config.embed_dim, config.norm_eps, drop_path
-        self.sa, self.ca = SelfAttention(config), CrossAttention(config)
+        self.sa = SelfAttention(width, config.num_heads, config.cos_attn, config.tau)
+        self.ca = CrossAttention(config)
         self.ffn = FeedForward(width, config.ffn_hidden)
         self.ca_norm = Norm(width, config.norm_eps)
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, width))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = Modulation(width, 6)
         gain = config.cross_attn_layer_scale
         self.ca_gamma = nn.Parameter(torch.full((width,), gain)) if gain >= 0 else None
 
@@ -100,21 +86,16 @@ class Block(nn.Module):
         layer: int,
         start: int,
     ) -> Tensor:
-        """x [B, L, C]; condition [B, 6 C] of the shared AdaLN, or the pooled text [B, C]."""
-        gain1, gain2, scale1, scale2, shift1, shift2 = self._modulation(condition)
-        seen = (plain_norm(x, self.eps) * (1 + scale1) + shift1).to(x.dtype)
-        x = x + self._dropped(gain1 * self.sa(seen, rotary, counts, cache, layer, start)).to(x.dtype)
+        """x [B, L, C]; condition [B, 1, 6, C] of the shared AdaLN, or the pooled text [B, C]."""
+        shared = hasattr(self, "ada_gss")
+        table = self.ada_gss.float() + condition.float() if shared else self.ada_lin(condition).float()
+        gain1, gain2, scale1, scale2, shift1, shift2 = table.unbind(2)
+        seen = modulated(x, scale1, shift1, self.eps)
+        x = x + self._dropped(gain1 * self.sa(seen, counts, cache, layer, start, rotary)).to(x.dtype)
         read = self.ca(self.ca_norm(x).to(x.dtype), memory, mask)
         x = x + (read if self.ca_gamma is None else read * self.ca_gamma)
-        seen = (plain_norm(x, self.eps) * (1 + scale2) + shift2).to(x.dtype)
+        seen = modulated(x, scale2, shift2, self.eps)
         return x + self._dropped(gain2 * self.ffn(seen)).to(x.dtype)
-
-    def _modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        if hasattr(self, "ada_gss"):
-            table = self.ada_gss.float() + condition.float().unflatten(1, (1, 6, -1))
-        else:
-            table = self.ada_lin(condition).float().unflatten(1, (1, 6, -1))
-        return table.unbind(2)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Drop-path: in training, whole rows of a branch are left out."""
@@ -170,7 +151,7 @@ class Transformer(nn.Module):
         self.lvl_embed = nn.Embedding(LEVELS, width)
         self.word_embed = nn.Linear(bits, width)
         if config.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = Modulation(width, 6)
         self.head_nm = HeadNorm(width, config.norm_eps)
         last = FullLinear(width, 2 * bits)
         self.head = (
@@ -201,11 +182,7 @@ class Transformer(nn.Module):
             return
         config, width = self.config, self.config.embed_dim
         std = math.sqrt(1 / (3 * width))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0, std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+        spread(self, std)
         self.pos_start.normal_(0, std)
         self.text_proj_for_sos.ca.mat_q.normal_(0, std)
         rows = torch.empty(self.cfg_uncond.shape)
@@ -223,9 +200,8 @@ class Transformer(nn.Module):
                 block.ada_gss[:, :, :2].mul_(5e-6)
                 block.ada_gss[:, :, 2:].mul_(1e-3)
             else:
-                weight = cast(nn.Linear, block.ada_lin[1]).weight
-                weight[: 2 * width].mul_(5e-6)
-                weight[2 * width :].mul_(1e-3)
+                block.ada_lin.weight[: 2 * width].mul_(5e-6)
+                block.ada_lin.weight[2 * width :].mul_(1e-3)
 
     def new_cache(self, tokens: int) -> KeyValueCache:
         """Room for the keys and values of a whole schedule."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["coordinates", "rotary_table", "rotate"]
+__all__ = ["coordinates", "rotary_table"]
 
 Grid = tuple[int, int]
 BASE = 10000.0
@@ -58,10 +58,3 @@ def rotary_table(
     else:
         parts = [_rotations(*coordinates(grid, final, mode, device), head_width) for grid in grids]
     return torch.cat([part.flatten(1, 2) for part in parts], 1)
-
-
-def rotate(x_BHLD: Tensor, table_2LP: Tensor) -> Tensor:
-    """Rotate neighbouring channels (2i, 2i + 1) as pairs."""
-    cos, sin = table_2LP
-    a, b = x_BHLD.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from varl.models.fields import fill
 from varl.models.inkling.policy import Inkling, InklingConfig
 from varl.models.weights import load_strict
 
@@ -31,7 +32,7 @@ def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> Non
 def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None) -> Inkling:
     """See ``varl.load_policy``."""
     if weights == "random":
-        return Inkling(_shape(config or {}, "the configuration"))
+        return Inkling(fill(InklingConfig, config, "Inkling"))
     if isinstance(weights, Mapping):
         if set(weights) != {"model"}:
             raise ValueError(f"Inkling has one part, 'model', not {sorted(weights)}")
@@ -56,18 +57,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
     return _build(saved | dict(config or {}), tensors, str(path))
 
 
-def _shape(config: Mapping[str, Any], source: str) -> InklingConfig:
-    known = [field.name for field in fields(InklingConfig)]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        raise ValueError(f"{source} has {unknown[0]!r}, no setting of an Inkling; there are {', '.join(known)}")
-    try:
-        return InklingConfig(**config)
-    except TypeError as error:
-        raise ValueError(f"{source} is no shape of an Inkling: {error}") from error
-
-
 def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
-    policy = Inkling(_shape(config, f"the configuration of {source}"))
+    policy = Inkling(fill(InklingConfig, config, f"the Inkling of {source}"))
     load_strict(policy, tensors, source)
     return policy.eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, attend_within_scale, run_block
 from varl.models.coded import mask_tables
+from varl.models.layers import FeedForward, GatedFeedForward, Modulation, RMSNorm, spread
 from varl.schedule import ScaleSchedule
 
 __all__ = ["Transformer", "TransformerConfig", "initialise"]
@@ -29,8 +30,8 @@ class TransformerConfig:
     Attributes:
         Cvae, V: channels and number of the tokenizer's codes.
         depth: blocks.
-        embed_dim: width C; by default 64 * depth.
-        num_heads: by default depth.
+        embed_dim: width C; 0 stands for 64 * depth.
+        num_heads: 0 stands for depth.
         mlp_ratio: hidden width of the feed-forward over C, without SwiGLU.
         norm_eps: of all norms.
         rope: rotate queries and keys by position; otherwise positions are embedded.
@@ -48,8 +49,8 @@ class TransformerConfig:
     Cvae: int = 32
     V: int = 4096
     depth: int = 30
-    embed_dim: int | None = None
-    num_heads: int | None = None
+    embed_dim: int = 0
+    num_heads: int = 0
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
     rope: bool = True
@@ -70,43 +71,20 @@ class TransformerConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         object.__setattr__(self, "embed_dim", self.embed_dim or 64 * self.depth)
         object.__setattr__(self, "num_heads", self.num_heads or self.depth)
-        if self.width % self.heads or (self.rope and self.width // self.heads % 4):
+        if self.embed_dim % self.num_heads or (self.rope and self.embed_dim // self.num_heads % 4):
             raise ValueError(
-                f"Switti's embed_dim {self.width} must be a multiple of its num_heads {self.heads}, and a head's width "
-                "a multiple of 4 for rope"
+                f"Switti's embed_dim {self.embed_dim} must be a multiple of its num_heads {self.num_heads}, and a "
+                "head's width a multiple of 4 for rope"
             )
-        if self.use_crop_cond and self.width % 8:
-            raise ValueError(f"Switti's embed_dim {self.width} must be a multiple of 8 for the crop condition")
+        if self.use_crop_cond and self.embed_dim % 8:
+            raise ValueError(f"Switti's embed_dim {self.embed_dim} must be a multiple of 8 for the crop condition")
         if self.patch_nums[0] != 1:
             raise ValueError(f"Switti's first grid has side 1, not {self.patch_nums[0]}")
-
-    @property
-    def width(self) -> int:
-        assert self.embed_dim is not None
-        return self.embed_dim
-
-    @property
-    def heads(self) -> int:
-        assert self.num_heads is not None
-        return self.num_heads
 
 
 def _full_norm(x: Tensor, eps: float) -> Tensor:
     """Layer norm over the last dimension, without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
-
-
-class RMSNorm(nn.Module):
-    """Scaled to unit root mean square in fp32, cast back, then multiplied by the weight."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        return (exact * (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
 
 
 def rotation_table(schedule: ScaleSchedule, width: int, theta: float, size: float) -> Tensor:
@@ -133,7 +111,7 @@ def rotate(x_BHLD: Tensor, table: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, self.heads = config.width, config.heads
+        width, self.heads = config.embed_dim, config.num_heads
         self.eps, self.causal = config.norm_eps, config.use_ar
         self.to_qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
@@ -166,7 +144,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, self.heads, self.eps = config.width, config.heads, config.norm_eps
+        width, self.heads, self.eps = config.embed_dim, config.num_heads, config.norm_eps
         self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(config.context_dim, 2 * width)
         self.proj = nn.Linear(width, width)
 
@@ -182,45 +160,24 @@ class CrossAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
-class GatedFeedForward(nn.Module):
-    """SwiGLU without biases."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = int(8 * width / 3)
-        self.up_proj, self.down_proj = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, each between two norms; the condition modulates two of them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, eps = config.width, config.norm_eps
+        width, eps = config.embed_dim, config.norm_eps
         if config.use_crop_cond:
             self.crop_cond_scales = nn.Parameter(torch.zeros(1, width))
         self.attn, self.cross_attn = SelfAttention(config), CrossAttention(config)
-        self.ffn = (
-            GatedFeedForward(width) if config.use_swiglu_ffn else FeedForward(width, round(width * config.mlp_ratio))
-        )
+        if config.use_swiglu_ffn:
+            self.ffn: nn.Module = GatedFeedForward(width, int(8 * width / 3))
+        else:
+            self.ffn = FeedForward(width, round(width * config.mlp_ratio))
         self.self_attention_norm1, self.self_attention_norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.cross_attention_norm1, self.cross_attention_norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.ffn_norm1, self.ffn_norm2 = RMSNorm(width, eps), RMSNorm(width, eps)
         self.attention_y_norm = RMSNorm(config.context_dim, eps)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.ada_lin = Modulation(width, 6)
 
     def read(self, text_BTE: Tensor) -> Tensor:
         """The text's keys and values for this block, [B, 2, T, C]."""
@@ -242,7 +199,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """``text`` is [B, T, E] and to be read, or the keys and values [B, 2, T, C] that reading gave before."""
         c = c_BC if crop_BC is None else c_BC + self.crop_cond_scales * crop_BC
-        gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c).unsqueeze(1).chunk(6, -1)
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c).unbind(2)
         x = self.self_attention_norm1(x_BLC) * (1 + scale1) + shift1
         x_BLC = x_BLC + gate1 * self.self_attention_norm2(self.attn(x, counts, table, cache, layer, start))
         keys_values = self.read(text) if read else text
@@ -273,10 +230,10 @@ class FinalNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.eps, self.ada_lin = eps, nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.eps, self.ada_lin = eps, Modulation(width, 2)
 
     def forward(self, x_BLC: Tensor, c_BC: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(c_BC).unsqueeze(1).chunk(2, -1)
+        scale, shift = self.ada_lin(c_BC).unbind(2)
         return _full_norm(x_BLC, self.eps) * (1 + scale) + shift
 
 
@@ -298,7 +255,7 @@ class Transformer(nn.Module):
         self.lora_targets = self.lora_targets + tuple(f"ffn.{name}" for name in ffn)
         self.checkpointing = False
         self._tables: dict[torch.device, Tensor] = {}
-        width = config.width
+        width = config.embed_dim
         self.word_embed = nn.Linear(config.Cvae, width)
         self.text_pooler = nn.Linear(config.pooled_dim, width)
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -328,7 +285,7 @@ class Transformer(nn.Module):
         if not c.rope:
             return None
         if device not in self._tables:
-            table = rotation_table(self.schedule, c.width // c.heads, c.rope_theta, c.rope_size)
+            table = rotation_table(self.schedule, c.embed_dim // c.num_heads, c.rope_theta, c.rope_size)
             self._tables = {device: table.to(device)}
         return self._tables[device][span]
 
@@ -377,13 +334,9 @@ class Transformer(nn.Module):
 @torch.no_grad()
 def initialise(model: Transformer) -> None:
     """Random weights: normal of variance 1 / (3 C), projections into the residual stream smaller with depth."""
-    width, depth = model.config.width, model.config.depth
+    width, depth = model.config.embed_dim, model.config.depth
     std = math.sqrt(1 / (3 * width))
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    spread(model, std)
     for name, parameter in model.named_parameters():
         if name in ("pos_start", "pos_1LC"):
             nn.init.normal_(parameter, std=std)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
+from varl.models.fields import fill
 from varl.schedule import ScaleSchedule
 
 __all__ = ["SIZES", "TokenFlowConfig", "TokenizerConfig", "TransformerConfig", "read_config"]
@@ -130,6 +131,8 @@ class TokenizerConfig:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         object.__setattr__(self, "dec_ch", self.dec_ch or (256 if self.enhanced_decoder else 128))
         object.__setattr__(self, "dec_res", self.dec_res or (4 if self.enhanced_decoder else 2))
+        if self.enc_ch % 32 or self.dec_ch % 32:
+            raise ValueError(f"enc_ch {self.enc_ch} and dec_ch {self.dec_ch} must be multiples of 32")
         if self.scales[0] != 1:
             raise ValueError(f"TokenFlow's first scale is 1, read at the prompt's last piece; got {self.scales}")
         if not self.infer_interpolate and self.scales[-1] != self.pos_grid:
@@ -184,19 +187,5 @@ def read_config(config: Mapping[str, Any] | None) -> TokenFlowConfig:
     if size not in SIZES:
         raise ValueError(f"TokenFlow has no size {size!r}; there is {', '.join(SIZES)}")
     for part, kind in (("transformer", TransformerConfig), ("tokenizer", TokenizerConfig)):
-        if part in given and not isinstance(given[part], kind):
-            given[part] = _filled(kind, given[part], f"TokenFlow's {part}")
-    return _filled(TokenFlowConfig, given, "TokenFlow")
-
-
-def _filled(kind: Any, values: Any, what: str) -> Any:
-    known = [f.name for f in fields(kind)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"the configuration of {what} must be a mapping, not {values!r}")
-    unknown = sorted(set(values) - set(known), key=str)
-    if unknown:
-        raise ValueError(f"{what} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"the configuration of {what} cannot be used: {error}") from error
+        given[part] = fill(kind, given.get(part), f"TokenFlow's {part}")
+    return fill(TokenFlowConfig, given, "TokenFlow")

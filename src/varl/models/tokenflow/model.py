@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
+from varl.models.layers import GatedFeedForward, RMSNorm, spread
 from varl.models.tokenflow.config import TransformerConfig
 from varl.schedule import ScaleSchedule
 
@@ -21,18 +22,6 @@ __all__ = ["Transformer"]
 
 QK_EPS = 1e-6
 INIT_STD = 0.02
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in fp32, the learned weight in the model's dtype."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -124,26 +113,13 @@ def _attend_rounding(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each normalised *after* it, whatever the parameters' names say."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
+        self.self_attn = Attention(config)
+        self.mlp = GatedFeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -206,14 +182,7 @@ class Transformer(nn.Module):
         self.model = Trunk(config, schedule, code_width)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT_STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        spread(self, INIT_STD)
         nn.init.normal_(self.model.pos_1LC, std=INIT_STD)
 
     def new_cache(self, prompt: int) -> KeyValueCache:

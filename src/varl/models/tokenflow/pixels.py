@@ -7,27 +7,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varl.models.autoencoder import Downsample, Residual, Upsample, group_norm
+
 __all__ = ["PixelDecoder", "PixelEncoder"]
-
-GROUPS, EPS = 32, 1e-6
-
-
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, EPS)
-
-
-class Residual(nn.Module):
-    """Norm, swish and a 3x3 convolution, twice, around a skip connection."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(width), nn.Conv2d(width, out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(out), nn.Conv2d(out, out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class CellAttention(nn.Module):
@@ -35,7 +17,7 @@ class CellAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = group_norm(width)
         self.q, self.k, self.v = (nn.Conv2d(width, width, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(width, width, 1)
 
@@ -44,28 +26,6 @@ class CellAttention(nn.Module):
         q, k, v = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
         return x + self.proj_out(attended.unflatten(2, x.shape[2:]))
-
-
-class Downsample(nn.Module):
-    """Half the side; padded on the right and at the bottom only."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Twice the side."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -113,7 +73,7 @@ class PixelEncoder(nn.Module):
             )
         )
         self.mid = _middle(widths[-1])
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         x = self.mid(self.conv_blocks(self.conv_in(images_B3HW)))
@@ -134,7 +94,7 @@ class PixelDecoder(nn.Module):
                 for i, width in enumerate(widths)
             )
         )
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         x = self.conv_blocks(self.mid(self.conv_in(features_BCHW)))

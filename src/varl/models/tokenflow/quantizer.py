@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.quantizer import resize_area, resize_up
+from varl.models.quantizer import ResidualQuantizer, nearest_code, resize_up
 from varl.schedule import ScaleSchedule
 
 __all__ = ["DualQuantizer"]
@@ -14,7 +14,7 @@ __all__ = ["DualQuantizer"]
 USAGE = 131072
 
 
-class DualQuantizer(nn.Module):
+class DualQuantizer(ResidualQuantizer):
     """A code is the entry of both codebooks at one index, each of length 1: semantic channels, then those for pixels.
 
     Args:
@@ -26,16 +26,11 @@ class DualQuantizer(nn.Module):
     codebook_used: Tensor
 
     def __init__(self, codes: int, semantic: int, pixel: int, schedule: ScaleSchedule) -> None:
-        super().__init__()
-        self.schedule = schedule
+        super().__init__(semantic + pixel, schedule)
         self.embedding_vqkd = nn.Embedding(codes, semantic)
         self.embedding_vqgan = nn.Embedding(codes, pixel)
         # Statistics of the tokenizer's training; nothing reads them, and checkpoints hold them.
         self.register_buffer("codebook_used", torch.zeros(USAGE))
-
-    @property
-    def width(self) -> int:
-        return self.embedding_vqkd.embedding_dim + self.embedding_vqgan.embedding_dim
 
     def _unit(self, semantic: Tensor, pixel: Tensor) -> Tensor:
         return torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], -1)
@@ -46,7 +41,6 @@ class DualQuantizer(nn.Module):
         return semantic, pixel
 
     def entries(self, actions_BN: Tensor) -> Tensor:
-        """Codes [B, N, C]."""
         return self._unit(self.embedding_vqkd(actions_BN), self.embedding_vqgan(actions_BN))
 
     def grid(self, actions_BN: Tensor, step: int) -> Tensor:
@@ -54,42 +48,21 @@ class DualQuantizer(nn.Module):
         return self.entries(actions_BN).transpose(1, 2).unflatten(2, self.schedule.grids[step])
 
     def nearest(self, z_BCHW: Tensor) -> Tensor:
-        """Index of the nearest code for every cell, by the sum of both distances: [B, H * W]."""
+        """By the sum of both distances; see ``ResidualQuantizer``."""
         table = self._unit(self.embedding_vqkd.weight, self.embedding_vqgan.weight)
         semantic, pixel = self.split(z_BCHW)
-        z = self._unit(semantic.flatten(2).transpose(1, 2), pixel.flatten(2).transpose(1, 2))
-        return (table.square().sum(1) - 2 * z @ table.T).argmin(-1)
-
-    def encode(self, features_BCHW: Tensor) -> Tensor:
-        """Greedy residual quantization of features of the final grid's size: actions [B, L]."""
-        rest, actions = features_BCHW, []
-        for step, grid in enumerate(self.schedule.grids):
-            index = self.nearest(resize_area(rest, grid))
-            rest = rest - self.contribution(index, step)
-            actions.append(index)
-        return torch.cat(actions, 1)
-
-    def contribution(self, actions_BN: Tensor, step: int) -> Tensor:
-        """What the codes of one step add to a picture's features: [B, C, H_T, W_T]."""
-        return resize_up(self.grid(actions_BN, step), self.schedule.grids[-1])
+        return nearest_code(self._unit(semantic.flatten(2).transpose(1, 2), pixel.flatten(2).transpose(1, 2)), table)
 
     def features(self, actions_BL: Tensor) -> Tensor:
-        """Sum over the steps that ``actions`` covers (all, or the first ones), each enlarged by itself.
-
-        Returns:
-            [B, C, H_T, W_T].
-
-        Raises:
-            ValueError: if the actions end inside a step.
-        """
-        steps = self._covered(actions_BL.shape[1])
-        first, *rest = (self.contribution(actions_BL[:, self.schedule.tokens_of(s)], s) for s in range(steps))
+        """See ``ResidualQuantizer``; summed from the first grid on, whose memory layout decides how decoders round."""
+        steps = range(self.covered(actions_BL.shape[1]))
+        first, *rest = (self.contribution(actions_BL[:, self.schedule.tokens_of(step)], step) for step in steps)
         return sum(rest, first)
 
     def inputs(self, actions_BL: Tensor, steps: int) -> list[Tensor]:
         """What steps 1 to ``steps`` - 1 read, as maps [B, C, h_s, w_s] of their own size.
 
-        Unlike ``features``, the sum goes from grid to grid: it is enlarged to the next, and that one's codes are added.
+        Unlike in ``accumulate``, the sum goes from grid to grid: enlarged to the next, it takes on that one's codes.
         """
         maps: list[Tensor] = []
         for step in range(1, steps):
@@ -100,8 +73,3 @@ class DualQuantizer(nn.Module):
         """What ``step`` reads, from what the step before it read (step 0: nothing) and the codes drawn there."""
         drawn = self.grid(actions_BN, step - 1)
         return resize_up(drawn if before_BCHW is None else before_BCHW + drawn, self.schedule.grids[step])
-
-    def _covered(self, tokens: int) -> int:
-        if tokens not in self.schedule.offsets[1:]:
-            raise ValueError(f"{tokens} tokens end inside a step; steps end at {self.schedule.offsets[1:]}")
-        return self.schedule.offsets.index(tokens)

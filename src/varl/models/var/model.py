@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, KeyValueCache, run_block
 from varl.models.coded import mask_tables
+from varl.models.layers import FeedForward, Modulation, SelfAttention, modulated, spread
 from varl.schedule import ScaleSchedule
 
 __all__ = ["Transformer", "TransformerConfig", "initialise"]
@@ -30,8 +29,8 @@ class TransformerConfig:
     Attributes:
         num_classes: labels; one more stands for none.
         depth: blocks.
-        embed_dim: width C; by default 64 * depth.
-        num_heads: by default depth.
+        embed_dim: width C; 0 stands for 64 * depth.
+        num_heads: 0 stands for depth.
         mlp_ratio: hidden width of the feed-forward over C.
         norm_eps: of the layer norms.
         shared_aln: one modulation for all blocks, each with an offset of its own.
@@ -43,8 +42,8 @@ class TransformerConfig:
 
     num_classes: int = 1000
     depth: int = 16
-    embed_dim: int | None = None
-    num_heads: int | None = None
+    embed_dim: int = 0
+    num_heads: int = 0
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
     shared_aln: bool = False
@@ -59,78 +58,8 @@ class TransformerConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         object.__setattr__(self, "embed_dim", self.embed_dim or 64 * self.depth)
         object.__setattr__(self, "num_heads", self.num_heads or self.depth)
-        if self.width % self.heads:
-            raise ValueError(f"VAR's embed_dim {self.width} must be a multiple of its num_heads {self.heads}")
-
-    @property
-    def width(self) -> int:
-        assert self.embed_dim is not None
-        return self.embed_dim
-
-    @property
-    def heads(self) -> int:
-        assert self.num_heads is not None
-        return self.num_heads
-
-
-def _norm(x: Tensor, eps: float) -> Tensor:
-    """Layer norm without parameters, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-
-
-class Modulation(nn.Sequential):
-    """SiLU and a linear layer of a condition; ``parts`` chunks of the width."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    @property
-    def weight(self) -> Tensor:
-        """[parts * C, C]."""
-        return cast(nn.Linear, self[1]).weight
-
-    def forward(self, c_BC: Tensor) -> Tensor:
-        return super().forward(c_BC).unflatten(-1, (1, self.parts, -1))
-
-
-class Attention(nn.Module):
-    """Self-attention of a grid over itself and all coarser ones."""
-
-    zero_k_bias: Tensor
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        width, self.heads = config.width, config.heads
-        self.normalised = config.attn_l2_norm
-        if self.normalised:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BLC: Tensor, counts: Sequence[int], cache: Cache | None, layer: int, start: int) -> Tensor:
-        qkv = self.mat_qkv(x_BLC) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        scale = 0.25 / math.sqrt(q.shape[-1])
-        if self.normalised:
-            factor = self.scale_mul_1H11.float().clamp_max(math.log(100)).exp()
-            q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-            scale = 1.0
-        if cache is not None:
-            k, v = cache.write(layer, start, k, v)
-        return self.proj(attend_by_scale(q, k, v, counts, scale).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"VAR's embed_dim {self.embed_dim} must be a multiple of its num_heads {self.num_heads}")
 
 
 class Block(nn.Module):
@@ -138,8 +67,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        width, self.eps = config.width, config.norm_eps
-        self.attn = Attention(config)
+        width, self.eps = config.embed_dim, config.norm_eps
+        # Without the cosine, scores are a quarter of the usual ones.
+        self.attn = SelfAttention(width, config.num_heads, config.attn_l2_norm, tau=4.0)
         self.ffn = FeedForward(width, round(width * config.mlp_ratio))
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
@@ -158,10 +88,9 @@ class Block(nn.Module):
         """``c`` is the condition [B, C]; with a shared modulation, what that makes of it, [B, 1, 6, C]."""
         chunks = self.ada_gss + c if hasattr(self, "ada_gss") else self.ada_lin(c)
         gate1, gate2, scale1, scale2, shift1, shift2 = chunks.unbind(2)
-        x = (_norm(x_BLC, self.eps) * (1 + scale1) + shift1).to(x_BLC.dtype)
+        x = modulated(x_BLC, scale1, shift1, self.eps)
         x_BLC = x_BLC + gate1 * self.attn(x, counts, cache, layer, start)
-        x = (_norm(x_BLC, self.eps) * (1 + scale2) + shift2).to(x_BLC.dtype)
-        return x_BLC + gate2 * self.ffn(x)
+        return x_BLC + gate2 * self.ffn(modulated(x_BLC, scale2, shift2, self.eps))
 
 
 class FinalNorm(nn.Module):
@@ -173,7 +102,7 @@ class FinalNorm(nn.Module):
 
     def forward(self, x_BLC: Tensor, c_BC: Tensor) -> Tensor:
         scale, shift = self.ada_lin(c_BC).unbind(2)
-        return (_norm(x_BLC, self.eps) * (1 + scale) + shift).to(x_BLC.dtype)
+        return modulated(x_BLC, scale, shift, self.eps)
 
 
 class Transformer(nn.Module):
@@ -196,7 +125,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.schedule = config, ScaleSchedule.square(config.patch_nums)
         self.checkpointing = False
-        width = config.width
+        width = config.embed_dim
         self.word_embed = nn.Linear(code_width, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.pos_start = nn.Parameter(torch.empty(1, self.schedule.counts[0], width))
@@ -256,13 +185,9 @@ class Transformer(nn.Module):
 @torch.no_grad()
 def initialise(model: Transformer, gate: float = 1e-5) -> None:
     """Random weights as upstream starts training from; ``gate`` scales what makes the blocks' gates."""
-    width, depth = model.config.width, model.config.depth
+    width, depth = model.config.embed_dim, model.config.depth
     std = math.sqrt(1 / (3 * width))
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    spread(model, std)
     nn.init.normal_(model.pos_start, std=std)
     nn.init.normal_(model.pos_1LC, std=std)
     model.head.weight.mul_(0.02)
