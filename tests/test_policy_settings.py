@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from small import make_prompts
 from test_trainer import make_config, metrics
 from tiny_runs import tiny_weights
 from varl.adapters import adapter_state, load_adapters
-from varl.config import AdapterConfig, TrainConfig
+from varl.config import AdapterConfig, PolicyConfig, TrainConfig
 from varl.models import load_policy
-from varl.trainer import Trainer
+from varl.models.blocks import blocks_of
+from varl.rollout import rollout, row_generators
+from varl.scoring import log_probs
+from varl.trainer import Trainer, frozen_copy, prepare
 
 
 @pytest.fixture
@@ -100,3 +104,24 @@ def test_checkpointing_gives_the_same_numbers_with_fewer_saved_tensors(weights: 
     assert found[True][0] < 0.5 * found[False][0]
     plain, again = ({k: v for k, v in record.items() if k != "seconds"} for _, record in found.values())
     assert plain == again
+
+
+def test_compiled_blocks_are_equal(weights: Path) -> None:
+    """Drawing, scoring and gradients, with a prefix that is shared."""
+    plain, compiled = (
+        prepare(PolicyConfig(weights=str(weights), compile=on), torch.device("cpu")) for on in (False, True)
+    )
+    for policy, on in ((plain, False), (compiled, True), (frozen_copy(plain), False), (frozen_copy(compiled), True)):
+        assert {block._compiled_call_impl is not None for block in blocks_of(policy.trainable)} == {on}
+    condition = plain.condition(make_prompts(1)).repeat(2)
+    actions, found = [], []
+    for policy in (plain, compiled):
+        actions.append(rollout(policy, condition, None, row_generators((0,), 2)).actions)
+        shared = actions[0].clone()
+        shared[1, :14] = shared[0, :14]
+        logp = log_probs(policy, condition, shared, range(3, 5), shared=2).logp
+        logp.sum().backward()
+        found.append([logp, *(p.grad for p in policy.trainable.parameters() if p.grad is not None)])
+    assert torch.equal(*actions)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)

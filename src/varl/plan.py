@@ -29,6 +29,7 @@ from varl import updates
 from varl.adapters import adapter_parameters
 from varl.config import TrainConfig
 from varl.models import load_policy
+from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.schedule import ScaleSchedule
 
@@ -167,7 +168,7 @@ def saved_bytes(shape: Shape, rows: int, tokens: int, half: bool, checkpointing:
 def shape_of(policy: Policy, schedule: ScaleSchedule, half: bool) -> Shape:
     """The shape of a policy, which may be on the meta device, that computes in bf16 (``half``) or fp32."""
     model: Any = policy.trainable
-    blocks = [module for module in model.modules() if type(module).__name__ == "Block"]
+    blocks = blocks_of(model)
     layers = dict(blocks[0].named_modules())
     enter = next(layer for name, layer in layers.items() if name.split(".")[-1] in ("up", "fc1", "up_proj"))
     saved, prompt, text = SAVED[policy.family], 0, 0

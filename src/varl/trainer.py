@@ -21,6 +21,7 @@ from varl.config import PolicyConfig, TrainConfig
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.models import load_policy
+from varl.models.blocks import blocks_of
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
@@ -41,7 +42,15 @@ def frozen_copy(policy: Policy) -> Policy:
     twin = copy.deepcopy(module, memo=dict(kept))
     for parameter in cast(Policy, twin).trainable.parameters():
         parameter.requires_grad_(False)
+    if any(block._compiled_call_impl is not None for block in blocks_of(policy.trainable)):
+        _compile(cast(Policy, twin))
     return cast(Policy, twin)
+
+
+def _compile(policy: Policy) -> None:
+    """Compile the blocks, each once for grids of any size."""
+    for block in blocks_of(policy.trainable):
+        block.compile(dynamic=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,6 +85,8 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
         if not hasattr(policy.trainable, "checkpointing"):
             raise ValueError(f"policy.checkpointing is not there for {config.family}")
         policy.trainable.checkpointing = True  # type: ignore[assignment]
+    if config.compile:
+        _compile(policy)
     return policy
 
 

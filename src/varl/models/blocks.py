@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Cache", "KeyValueCache", "PrefixKeys", "attend_by_scale", "attend_within_scale", "run_block"]
+__all__ = ["Cache", "KeyValueCache", "PrefixKeys", "attend_by_scale", "attend_within_scale", "blocks_of", "run_block"]
+
+
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """A transformer's blocks, first to last; every family calls them ``Block``."""
+    return [module for module in transformer.modules() if type(module).__name__ == "Block"]
 
 
 def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
