@@ -32,14 +32,13 @@ from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.schedule import ScaleSchedule
+from varl.scoring import LOGITS
 
 __all__ = ["SAVED", "Estimate", "Item", "Saved", "Shape", "block_bytes", "estimate", "saved_bytes"]
 
 GB = 1e9
 HEADROOM = 0.9
 """Share of a GPU's memory that may be planned for: the rest goes to fragments and the libraries' workspaces."""
-CHUNK = 8192
-"""Tokens that ``scoring.log_probs`` runs the head on at once."""
 MAX_GPUS = 4096
 AUTO = 1
 """Sequences in a pass that are counted where the run will measure: it takes more only if they fit."""
@@ -146,7 +145,7 @@ class Estimate:
         return next((n for n in range(1, MAX_GPUS + 1) if self.peak(n) <= HEADROOM * memory * GB), None)
 
 
-def block_bytes(shape: Shape, rows: int, tokens: int, half: bool) -> float:
+def block_bytes(shape: Shape, rows: int, tokens: float, half: bool) -> float:
     """Saved by one block for R rows of L tokens; ``half`` under autocast to bf16."""
     s, e = shape.saved, 2 if half else 4
     own = (
@@ -157,7 +156,7 @@ def block_bytes(shape: Shape, rows: int, tokens: int, half: bool) -> float:
     return rows * (tokens * own + shape.text * e * s.text * shape.width)
 
 
-def saved_bytes(shape: Shape, rows: int, tokens: int, half: bool, checkpointing: bool) -> float:
+def saved_bytes(shape: Shape, rows: int, tokens: float, half: bool, checkpointing: bool) -> float:
     """Saved by the whole transformer for the backward pass, without what runs again."""
     edges = rows * tokens * 4 * shape.saved.edges * shape.width
     if checkpointing:
@@ -267,14 +266,15 @@ def _rollout(config: TrainConfig, shape: Shape, schedule: ScaleSchedule, plan: u
     if plan.branch_at < len(schedule):
         held += together * (2 if plan.kind == "prefix" and method.continuations_by == "reference" else 1)
     rows, last = pictures * (1 + guided), max(schedule.counts)
-    # Guidance: both halves, their products, the result. Top-p: two sets of logits, sorted ones, int64 order, softmax,
-    # and its sum.
-    logits = max(7 if sampling.top_p < 1 else 4, 5 if guided else 0)
+    # All rows' logits, of both halves; and of a few rows at a time what draws make of them: the filtered ones, the
+    # softmax, its sum. Top-p: sorted ones, int64 order.
+    row = last * shape.classes
+    logits = (1 + guided) * pictures * row + (6 if sampling.top_p < 1 else 3) * min(pictures * row, max(LOGITS, row))
     # SDPA reads a layer's keys and values in bf16, however they are kept.
     read = rows * shape.cache / shape.depth / 2 if half else 0
     return [
         Item("keys and values (prefixes and continuations)", held * (1 + guided) * shape.cache, "rollout"),
-        Item("logits of the last grid", logits * pictures * last * shape.classes * 4, "rollout"),
+        Item("logits of the last grid", 4 * logits, "rollout"),
         Item("a block at work on the last grid", block_bytes(shape, rows, last, half) / 2 + read, "rollout"),
         _copies(config, shape, "rollout"),
     ]
@@ -290,11 +290,13 @@ def _update(
     sequences = min(size, method.prompts * plan.group)
     span = schedule.span(plan.steps)
     scored = span.stop - span.start
-    tokens = shape.prompt + (span.stop if shares_keys else scored)
+    # The sequences of a suffix group share one prefix.
+    sharing = min(sequences, plan.tails) if plan.kind == "suffix" else 1
+    tokens = scored + ((shape.prompt + span.start) / sharing if shares_keys else 0)
     rows = sequences * (1 + guided)
-    # Logits, log-probabilities, probabilities, and two to make entropies; with guidance its products.
-    copies = 5.25 + 2 * guided + 3 * (method.kl == "exact" and method.beta > 0)
-    head = min(sequences * scored, CHUNK) * shape.classes * 4 * copies
+    # Logits, log-probabilities, and their gradients, with what selects the chosen ones; with guidance its products.
+    copies = 4 + 2 * guided + 3 * (method.kl == "exact" and method.beta > 0)
+    head = min(sequences * scored * shape.classes, LOGITS) * 4 * copies
     block = block_bytes(shape, rows, tokens, half)
     at_work = (1.5 if config.policy.checkpointing else 0.5) * block
     return [

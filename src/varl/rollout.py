@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varl.policy import Condition, Policy
 from varl.sampling import Sampling, draw, filter_logits
+from varl.scoring import LOGITS
 
 __all__ = ["Rollout", "Rows", "replay", "rollout", "row_generators"]
 
@@ -104,14 +105,11 @@ def rollout(
         drawn = [start.actions.repeat_interleave(fork, 0)]
         scored = [start.logp.repeat_interleave(fork, 0)] if logp and start.logp is not None else []
     for _ in range(first, until):
-        logits = policy.next_logits(state)
-        logits = filter_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)), sampling)
-        actions = draw(logits, list(generator) if isinstance(generator, Sequence) else generator)
+        actions, chosen = _draw_grid(policy.next_logits(state), sampling, generator, logp)
         policy.advance(state, actions)
         drawn.append(actions)
-        if logp:
-            chosen = logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-            scored.append(chosen.flatten(2).sum(-1) if policy.event else chosen)
+        if chosen is not None:
+            scored.append(chosen)
     return Rollout(
         condition,
         torch.cat(drawn, 1),
@@ -120,6 +118,26 @@ def rollout(
         state if keep_state else None,
         sampling.guidance,
     )
+
+
+def _draw_grid(logits: Tensor, sampling: Sampling, generator: Rows, logp: bool) -> tuple[Tensor, Tensor | None]:
+    """Draw a grid's tokens [batch, tokens, *event] from [batch, tokens, *event, classes], a few rows at a time.
+
+    What is made of the logits on the way is several times their size. Also the log-probabilities [batch, tokens], if
+    they are asked for.
+    """
+    if isinstance(generator, Sequence) and len(generator) != len(logits):
+        raise ValueError(f"{len(generator)} generators were given for {len(logits)} rows")
+    actions, scored = [], []
+    for rows in torch.arange(len(logits)).split(max(LOGITS // logits[0].numel(), 1)):
+        part = logits[int(rows[0]) : int(rows[-1]) + 1]
+        part = filter_logits(part.to(torch.promote_types(part.dtype, torch.float32)), sampling)
+        own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
+        actions.append(draw(part, own))
+        if logp:
+            chosen = part.log_softmax(-1).gather(-1, actions[-1].unsqueeze(-1)).squeeze(-1)
+            scored.append(chosen.flatten(2).sum(-1) if chosen.ndim > 2 else chosen)
+    return torch.cat(actions), torch.cat(scored) if logp else None
 
 
 @torch.no_grad()

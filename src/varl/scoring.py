@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from varl.policy import Condition, Policy
 from varl.sampling import Sampling, filter_logits
 
-__all__ = ["Scores", "log_probs"]
+__all__ = ["LOGITS", "Scores", "log_probs"]
+
+
+LOGITS = 2**23
+"""Logits that are held at once; several tensors of their size are, while they are made and differentiated."""
 
 
 @dataclass
@@ -44,7 +49,7 @@ def log_probs(
     per_event: bool = False,
     entropy: bool | Tensor = False,
     reference: Policy | None = None,
-    chunk: int = 8192,
+    chunk: int | None = None,
 ) -> Scores:
     """Score actions under a policy.
 
@@ -63,7 +68,8 @@ def log_probs(
         per_event: return log-probabilities per event rather than summed to the token.
         entropy: also return entropies; or bool [L], the tokens to return them of.
         reference: also return the exact KL to this policy, over the policy's support.
-        chunk: tokens the head is run on at once; logits are recomputed in the backward pass if there are several.
+        chunk: tokens the head is run on at once, by default as many as make ``LOGITS`` logits; with several chunks,
+            logits are computed again in the backward pass.
 
     Raises:
         ValueError: if the actions do not cover the steps, or ``shared`` does not divide the rows.
@@ -124,6 +130,7 @@ def log_probs(
             kl = _per_token(_expectation(logp.exp(), logp - reference_logp))
         return chosen, entropies, kl
 
+    chunk = chunk or max(LOGITS // math.prod((*policy.event, policy.classes)), 1)
     several = len(target) > chunk and torch.is_grad_enabled()
     pieces = []
     for start in range(0, max(len(target), 1), chunk):

@@ -182,7 +182,7 @@ class CodedPolicy(TeacherForced):
             return logits
         conditional, unconditional = logits.chunk(2)
         t = state.guidance * ramp[step]
-        return (1 + t) * conditional - t * unconditional
+        return conditional.mul_(1 + t).sub_(unconditional.mul_(t))
 
     def _stop_guiding(self, state: DrawState) -> None:
         """Drop the unconditional rows: no step to come needs them."""

@@ -141,7 +141,7 @@ class Inkling(TeacherForced):
             return logits
         t = state.guidance * self.guidance_ramp(self._schedule)[step]
         conditional, unconditional = logits.chunk(2)
-        return (1 + t) * conditional - t * unconditional
+        return conditional.mul_(1 + t).sub_(unconditional.mul_(t))
 
     @torch.no_grad()
     def advance(self, state: DrawState, actions: Tensor) -> None:
