@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -133,15 +134,41 @@ def attend_by_scale(
     Returns:
         [B, H, L, D].
     """
-    end = k_BHKD.shape[2] - q_BHLD.shape[2]
-    out, start = [], 0
-    for count in counts:
-        end += count
-        q = q_BHLD[:, :, start : start + count]
+    if len(counts) == 1:
+        return F.scaled_dot_product_attention(q_BHLD, k_BHKD, v_BHKD, mask_B11K, scale=scale)
+    before = k_BHKD.shape[2] - q_BHLD.shape[2]
+    ends = [before + end for end in accumulate(counts)]
+    out = []
+    for q, k, v, end in zip(
+        q_BHLD.split(list(counts), 2),
+        _Beginnings.apply(k_BHKD, *ends),
+        _Beginnings.apply(v_BHKD, *ends),
+        ends,
+        strict=True,
+    ):
         mask = None if mask_B11K is None else mask_B11K[..., :end]
-        out.append(F.scaled_dot_product_attention(q, k_BHKD[:, :, :end], v_BHKD[:, :, :end], mask, scale=scale))
-        start += count
-    return torch.cat(out, 2) if len(out) > 1 else out[0]
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
+    return torch.cat(out, 2)
+
+
+class _Beginnings(torch.autograd.Function):
+    """The first positions of keys or values, up to each of several ends, as views.
+
+    Slices would do; but each makes its gradient a tensor of the whole length, mostly zeros, to be added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BHKD: Tensor, *ends: int) -> tuple[Tensor, ...]:
+        ctx.ends, ctx.length = ends, x_BHKD.shape[2]
+        return tuple(x_BHKD[:, :, :end] for end in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        *shorter, longest = gradients
+        total = F.pad(longest, (0, 0, 0, ctx.length - longest.shape[2]))
+        for gradient, end in zip(shorter, ctx.ends, strict=False):
+            total[:, :, :end] += gradient
+        return total, *(None for _ in ctx.ends)
 
 
 def attend_within_scale(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, counts: Sequence[int]) -> Tensor:
