@@ -176,6 +176,7 @@ class Transformer(nn.Module):
     """
 
     checkpointing: bool = False
+    undecayed = ("model.embed_tokens.weight", "model.lvl_embed.weight", "model.pos_1LC", "lm_head.weight")
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: TransformerConfig, schedule: ScaleSchedule, code_width: int, codes: int) -> None:
