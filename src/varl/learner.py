@@ -281,7 +281,7 @@ def _watched(counts: list[int]) -> Tensor:
 
 
 def _groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Parameters that weight decay shrinks, and those that it leaves alone: there, what has no gradient must not move."""
+    """What weight decay shrinks, and what it leaves alone, where rows without a gradient must not move."""
     undecayed = set(getattr(module, "undecayed", ()))
     trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
