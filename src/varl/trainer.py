@@ -6,17 +6,27 @@ import copy
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varl import updates
-from varl.adapters import WithoutAdapters, adapter_state, add_adapters, load_adapter_state, merged, save_adapters
+from varl.adapters import (
+    WithoutAdapters,
+    adapter_state,
+    add_adapters,
+    load_adapter_state,
+    load_adapters,
+    merged,
+    save_adapters,
+    with_adapters,
+)
 from varl.config import PolicyConfig, TrainConfig
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
@@ -28,11 +38,13 @@ from varl.rewards import RewardOutput, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
 from varl.run.folder import RunFolder
+from varl.schedule import ScaleSchedule
 from varl.sizing import FIRST, fastest_micro_batch
 
-__all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
+__all__ = ["Trainer", "autocast", "check_prompts", "choose_device", "frozen_copy", "prepare"]
 
 logger = logging.getLogger(__name__)
+CHECKED_AT_ONCE = 32
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -72,11 +84,16 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     Raises:
         ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
     """
+    config = with_adapters(config)
     policy = load_policy(config.family, config.config, config.weights)
+    if getattr(policy, "tokenizer", None) is None:
+        raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
     # Not every parameter of the trainable part is one: a family may keep some fixed.
     trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
     cast(nn.Module, policy).to(device).eval().requires_grad_(False)
-    if config.lora.rank:
+    if config.adapters is not None:
+        load_adapters(policy, Path(config.adapters))
+    elif config.lora.rank:
         add_adapters(policy, config.lora)
     else:
         for parameter in trained:
@@ -88,6 +105,16 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     if config.compile:
         _compile(policy)
     return policy
+
+
+def check_prompts(policy: Policy, prompts: Sequence[Prompt], schedule: ScaleSchedule) -> None:
+    """Condition on every prompt, a few at a time, so that one that cannot be drawn is found before work starts.
+
+    Raises:
+        ValueError: if the policy takes no condition from a prompt.
+    """
+    for first in range(0, len(prompts), CHECKED_AT_ONCE):
+        policy.condition(prompts[first : first + CHECKED_AT_ONCE], schedule)
 
 
 def autocast(config: PolicyConfig, device: torch.device, drawing: bool = False) -> torch.autocast:
@@ -129,6 +156,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        config = replace(config, policy=with_adapters(config.policy))
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
@@ -142,11 +170,10 @@ class Trainer:
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
             raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
-        self.policy.condition(prompts, self.schedule)
+        check_prompts(self.policy, prompts, self.schedule)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
-        if self.held_out:
-            self.policy.condition(self.held_out, self.schedule)
+        check_prompts(self.policy, self.held_out, self.schedule)
         for name, sampling in (("sampling", config.sampling), ("evaluation.sampling", e.sampling or config.sampling)):
             if sampling.top_k > self.policy.classes:
                 raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
@@ -316,6 +343,7 @@ class Trainer:
             self.config.evaluation.sampling or self.config.sampling,
             self.reward,
             seed=self.config.evaluation.seed,
+            batch=self.config.run.picture_batch,
             schedule=self.schedule,
             precision=self.precision(),
         )

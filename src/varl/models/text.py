@@ -30,7 +30,7 @@ def load_text(
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"the {what} needs transformers: pip install 'varl[{extra}]'; or give precomputed features to condition_from"
+            f"the {what} needs transformers: pip install 'varl[{extra}]'; or give made features to condition_from"
         ) from error
     if not folder.is_dir():
         raise FileNotFoundError(f"no {what} at {folder}: a local folder is needed")
