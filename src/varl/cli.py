@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
 def _read(name: str, command: Command, words: Sequence[str]) -> Any:
     parser = _parser(name, command)
     with checking():
+        for word in words:
+            if deep := re.match(r"--policy\.config\.([^.=]+)\.", word):
+                raise ValueError(
+                    f"{word} would replace all of policy.config.{deep[1]}: set it in the recipe, or give "
+                    f"--policy.config.{deep[1]} as a whole, '{{...}}'"
+                )
         parsed = parser.instantiate(parser.parse_args(words))
         parsed.pop("config", None)
         return command.config(**vars(parsed))

@@ -48,7 +48,8 @@ def from_recipe(recipe: TrainConfig, config: type) -> dict[str, Any]:
     prompts = asdict(recipe.evaluation) if held_out else {"source": recipe.prompts.source}
     if config is GenerateConfig:
         prompts = {"source": prompts["source"]}
-    shared = {"policy": asdict(recipe.policy), "sampling": asdict(recipe.sampling), "reward": recipe.reward}
+    sampling = (held_out and recipe.evaluation.sampling) or recipe.sampling
+    shared = {"policy": asdict(recipe.policy), "sampling": asdict(sampling), "reward": recipe.reward}
     run = {"device": recipe.run.device, "batch": recipe.run.picture_batch}
     names = {field.name for field in fields(config)}
     return plain({name: value for name, value in (prompts | shared | run).items() if name in names})
@@ -75,7 +76,8 @@ def train(config: TrainConfig) -> None:
     with checking():
         trainer = Trainer(config)
     total = config.run.updates
-    console.print(f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}")
+    about = f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}"
+    console.print(about, soft_wrap=True)
     with _progress() as bar:
         task = bar.add_task("evaluating", total=total, completed=trainer.update, note="")
 
@@ -94,7 +96,9 @@ def train(config: TrainConfig) -> None:
     picture = trainer.folder.path / "before_after.png"
     if picture.exists():
         console.print(f"before and after: {picture}")
-    console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}")
+    console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}", soft_wrap=True)
+    if trainer.lora:
+        console.print(f"their adapters: {trainer.folder.path / 'adapters.safetensors'}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -353,7 +357,8 @@ def probe(config: ProbeConfig) -> None:
         )
     console.print(result.table())
     m, n = result.suggestion()
-    console.print(f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1")
+    suggestion = f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1"
+    console.print(suggestion, soft_wrap=True)
     (config.out / "probe.json").write_text(json.dumps(result.to_dict(), indent=1))
     result.plot(config.out / "probe.png")
     console.print(f"figure: {config.out / 'probe.png'}")

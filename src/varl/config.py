@@ -288,6 +288,10 @@ class EvaluationConfig:
             _need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
 
 
+PICTURES = 32
+"""Pictures at once where the run measures how many sequences are learned from at once."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """How long, where and how.
@@ -333,7 +337,8 @@ class RunConfig:
     @property
     def picture_batch(self) -> int:
         """Pictures that an evaluation draws and decodes at once: no more than training does."""
-        return min(self.micro_batch, self.rollout_batch or self.micro_batch)
+        sequences = PICTURES if self.micro_batch == "auto" else self.micro_batch
+        return min(sequences, self.rollout_batch or sequences)
 
 
 @dataclass(frozen=True)

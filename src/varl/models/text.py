@@ -44,7 +44,8 @@ def load_text(
                 str(folder), local_files_only=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"{folder} holds no {what} that transformers can read as {tokenizer}: {error}") from error
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{folder} holds no {what} that transformers can read as {tokenizer}: {reason}") from error
     _check(f"{folder} holds no {what} of transformers' class {model}", reader, found, info)
     return reader, found.eval().requires_grad_(False)
 
