@@ -24,14 +24,14 @@ from varl.plan import estimate
 from varl.policy import Policy, Prompt
 from varl.probe import check_counts
 from varl.probe import probe as probe_policy
-from varl.prompts import quoted_words, resolve_prompts
+from varl.prompts import check_prompts, quoted_words, resolve_prompts
 from varl.rewards import load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.folder import plain
 from varl.run.gallery import save_pictures
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
-from varl.trainer import Trainer, autocast, check_prompts, choose_device, prepare
+from varl.trainer import Trainer, autocast, choose_device, prepare
 
 __all__ = ["doctor", "evaluate", "from_recipe", "generate", "plan", "pretrain", "probe", "train"]
 

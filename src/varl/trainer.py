@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -33,18 +33,16 @@ from varl.learner import Batch, Learner
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy, Prompt
-from varl.prompts import PromptStream, resolve_prompts
+from varl.prompts import PromptStream, check_prompts, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
 from varl.run.folder import RunFolder
-from varl.schedule import ScaleSchedule
 from varl.sizing import FIRST, fastest_micro_batch
 
-__all__ = ["Trainer", "autocast", "check_prompts", "choose_device", "frozen_copy", "prepare"]
+__all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
 
 logger = logging.getLogger(__name__)
-CHECKED_AT_ONCE = 32
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -105,16 +103,6 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     if config.compile:
         _compile(policy)
     return policy
-
-
-def check_prompts(policy: Policy, prompts: Sequence[Prompt], schedule: ScaleSchedule) -> None:
-    """Condition on every prompt, a few at a time, so that one that cannot be drawn is found before work starts.
-
-    Raises:
-        ValueError: if the policy takes no condition from a prompt.
-    """
-    for first in range(0, len(prompts), CHECKED_AT_ONCE):
-        policy.condition(prompts[first : first + CHECKED_AT_ONCE], schedule)
 
 
 def autocast(config: PolicyConfig, device: torch.device, drawing: bool = False) -> torch.autocast:
