@@ -235,9 +235,8 @@ def estimate(config: TrainConfig) -> Estimate:
     kinds = ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,)
     plans = [updates.plan(cast(updates.Kind, kind), config.method, schedule) for kind in kinds]
     items += max((_rollout(config, shape, schedule, plan) for plan in plans), key=_total)
-    sequences = AUTO if config.run.micro_batch == "auto" else config.run.micro_batch
     maps = MAPS * 4 * shape.channels * math.prod(schedule.image_size)
-    items.append(Item("pictures of a micro-batch, decoded", sequences * maps, "decode"))
+    items.append(Item("pictures decoded at once", config.run.picture_batch * maps, "decode"))
     shares = getattr(policy, "shares_keys", True)
     items += max((_update(config, shape, schedule, plan, shares) for plan in plans), key=_total)
     items.append(Item("optimizer's step", 4 * trained, "optimizer", sharded=True))
