@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from small import make_inkling, make_prompts
+from tiny_runs import TINY, tiny_weights
 from varl import log_probs, rollout
 from varl.adapters import (
     WithoutAdapters,
@@ -16,12 +21,24 @@ from varl.adapters import (
     add_adapters,
     load_adapters,
     merged,
+    read_adapters,
     save_adapters,
+    with_adapters,
 )
-from varl.config import AdapterConfig
+from varl.config import (
+    AdapterConfig,
+    EvaluationConfig,
+    MethodConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PromptConfig,
+    RunConfig,
+    TrainConfig,
+)
 from varl.models import load_policy, save_policy
 from varl.policy import Policy
 from varl.rollout import row_generators
+from varl.trainer import Trainer, prepare
 
 pytest.importorskip("peft")
 CONFIG = AdapterConfig(rank=4, alpha=8.0)
@@ -125,6 +142,96 @@ def test_adapters_travel_by_themselves(tmp_path: Path) -> None:
     save_policy(make_inkling(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="holds no adapters of inkling"):
         load_adapters(make_inkling(), tmp_path / "weights.safetensors")
+
+
+def saved(folder: Path, config: AdapterConfig = CONFIG) -> tuple[Path, Policy]:
+    """Adapters on disk, and the policy that they are of."""
+    policy = make_inkling(config=TINY)
+    policy.load_state_dict(load_policy("inkling", None, tiny_weights(folder / "base.safetensors")).state_dict())
+    add_adapters(policy, config)
+    moved(policy)
+    save_adapters(policy, config, folder / "adapters.safetensors")
+    return folder / "adapters.safetensors", policy
+
+
+def config_of(folder: Path, **policy: Any) -> PolicyConfig:
+    return PolicyConfig(
+        weights=str(folder / "base.safetensors"), adapters=str(folder / "adapters.safetensors"), **policy
+    )
+
+
+def test_a_configuration_takes_its_adapters(tmp_path: Path) -> None:
+    _, policy = saved(tmp_path)
+    config = config_of(tmp_path)
+    targets = ("qkv", "out", "up", "down")
+    assert with_adapters(config) == replace(config, lora=AdapterConfig(4, 8.0, targets))
+    assert with_adapters(with_adapters(config)) == with_adapters(config)
+    assert with_adapters(config_of(tmp_path, lora=CONFIG)) == with_adapters(config)
+    assert with_adapters(PolicyConfig()) == PolicyConfig()
+    for other in (AdapterConfig(8, 8.0), AdapterConfig(4), AdapterConfig(4, 8.0, ("qkv",))):
+        with pytest.raises(
+            ValueError, match=r"policy.lora asks for rank .* holds some of rank 4 and alpha 8 on qkv, out"
+        ):
+            with_adapters(config_of(tmp_path, lora=other))
+    prepared = prepare(config, torch.device("cpu"))
+    assert torch.equal(scores(prepared), scores(policy))
+    assert torch.equal(scores(WithoutAdapters(prepared)), scores(WithoutAdapters(policy)))
+    assert {name for name, p in prepared.trainable.named_parameters() if p.requires_grad} == adapter_state(
+        policy
+    ).keys()
+
+
+def test_training_goes_on_from_adapters(tmp_path: Path) -> None:
+    """With their numbers and their settings; what the KL is to is the policy without them."""
+    _, policy = saved(tmp_path)
+    config = TrainConfig(
+        policy=config_of(tmp_path),
+        prompts=PromptConfig(count=8),
+        reward="tiny_runs:score",
+        method=MethodConfig(prompts=2, group=2, beta=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_updates=0),
+        evaluation=EvaluationConfig(enabled=False),
+        run=RunConfig(out=tmp_path / "run", updates=1, device="cpu", gallery_every=0, diagnose_every=0),
+    )
+    trainer = Trainer(config)
+    assert torch.equal(scores(trainer.policy), scores(policy))
+    assert trainer.reference is not None
+    assert torch.equal(scores(trainer.reference), scores(WithoutAdapters(policy)))
+    records: list[dict[str, Any]] = []
+    trainer.run(records.append)
+    assert min(records[0]["kl_by_step"]) > 0
+    written = prepare(
+        replace(config.policy, adapters=str(tmp_path / "run" / "adapters.safetensors")), torch.device("cpu")
+    )
+    assert torch.equal(scores(written), scores(trainer.policy))
+    assert not torch.allclose(scores(written), scores(policy), atol=1e-3)
+    again = Trainer(replace(config, run=replace(config.run, updates=2)))
+    assert again.update == 1
+    assert torch.equal(scores(again.policy), scores(written))
+
+
+def test_files_that_hold_no_adapters(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match="holds no adapters of var but of inkling"):
+        read_adapters(path, "var")
+    (tmp_path / "torn.safetensors").write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"torn.safetensors is not a whole safetensors file"):
+        read_adapters(tmp_path / "torn.safetensors", "inkling")
+    for about in ("[]", "{", '{"rank": 4}', '{"rank": -4, "alpha": 1, "targets": []}'):
+        save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"family": "inkling", "lora": about})
+        with pytest.raises(ValueError, match=r"odd.safetensors does not say what adapters it holds"):
+            read_adapters(tmp_path / "odd.safetensors", "inkling")
+    state = {key: value[:1] for key, value in adapter_state(make_adapted()).items()}
+    about = json.dumps({"rank": 4, "alpha": 8.0, "targets": ["qkv", "out", "up", "down"]})
+    save_file(state, tmp_path / "odd.safetensors", metadata={"family": "inkling", "lora": about})
+    with pytest.raises(ValueError, match=r"weights of .*odd.safetensors do not fit: 16 shapes differ"):
+        load_adapters(make_inkling(), tmp_path / "odd.safetensors")
+
+
+def make_adapted() -> Policy:
+    policy = make_inkling()
+    add_adapters(policy, CONFIG)
+    return policy
 
 
 def test_a_layer_that_is_not_there() -> None:

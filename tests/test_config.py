@@ -1,5 +1,6 @@
 import math
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -114,3 +115,10 @@ def test_configurations_are_values() -> None:
     assert MethodConfig(alpha=0.6) != MethodConfig(alpha=0.7)
     with pytest.raises(AttributeError):
         MethodConfig().alpha = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("micro", "rollout", "expected"), [(32, 0, 32), (32, 2, 2), (1, 8, 1), (4, 0, 4), ("auto", 0, 32), ("auto", 2, 2)]
+)
+def test_an_evaluation_draws_no_more_at_once_than_training(micro: Any, rollout: int, expected: int) -> None:
+    assert RunConfig(micro_batch=micro, rollout_batch=rollout).picture_batch == expected

@@ -94,7 +94,13 @@ def make_batch(policy: Policy, kind: Any, method: MethodConfig) -> Batch:
 
 
 def update(
-    family: Family, kind: Any, monkeypatch: pytest.MonkeyPatch, epochs: int = 1, rate: float = 1e-3, bf16: bool = False
+    family: Family,
+    kind: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs: int = 1,
+    rate: float = 1e-3,
+    bf16: bool = False,
+    decay: float = 0.0,
 ) -> Update:
     policy = prepared(family, monkeypatch)
     reference = shaken(frozen_copy(policy), 0.02)
@@ -103,7 +109,7 @@ def update(
     )
     batch = make_batch(policy, kind, method)
     before = {name: value.clone() for name, value in cast(nn.Module, policy).state_dict().items()}
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_updates=0, weight_decay=0.0, clip_norm=1e9)
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_updates=0, weight_decay=decay, clip_norm=1e9)
     learner = Learner(policy, reference, method, optimizer, Sampling(), 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         log = learner.learn(batch, stage)
@@ -169,6 +175,29 @@ def test_what_an_update_moves(family: Family, kind: str, monkeypatch: pytest.Mon
         assert parameter.requires_grad == (name in own and name.removeprefix("transformer.") not in family.frozen)
     untouched = shaken(frozen_copy(with_weights(family, found.before)), 0.02).trainable.state_dict()
     assert all(torch.equal(value, untouched[name]) for name, value in found.reference.trainable.state_dict().items())
+
+
+@every
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_leaves_alone_what_has_no_gradient(family: Family, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also single rows of a table, such as the embeddings of classes and words that no prompt names."""
+    rate, decay = 0.01, 0.5
+    found, without = (update(family, kind, monkeypatch, rate=rate, decay=d) for d in (decay, 0.0))
+    start = with_weights(family, found.before)
+    plain_loss(start, start, found.reference, found.batch).backward()
+    after, other, still = found.policy.trainable.state_dict(), without.policy.trainable.state_dict(), 0
+    for name, parameter in start.trainable.named_parameters():
+        before = parameter.detach()
+        gradient = torch.zeros_like(before) if parameter.grad is None or name in family.frozen else parameter.grad
+        rows = (gradient == 0).all(-1) if before.ndim > 1 else (gradient == 0).all().expand(len(before))
+        assert torch.equal(after[name][rows], before[rows]), name
+        still += int(rows.sum())
+    assert still > 0
+    block = next(
+        name for name, _ in start.trainable.named_parameters() if name.endswith("fc2.weight") or "down" in name
+    )
+    expected = other[block] - rate * decay * start.trainable.get_parameter(block).detach()
+    torch.testing.assert_close(after[block], expected)
 
 
 @every

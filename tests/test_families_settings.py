@@ -13,7 +13,7 @@ from torch import nn
 from families import FAMILIES, Family, actions_of, every, prepared, prompts, scored, shaken
 from tiny_runs import score
 from varl import Sampling, log_probs, rollout
-from varl.adapters import WithoutAdapters, adapter_state, adapters_off, add_adapters, merged
+from varl.adapters import WithoutAdapters, adapter_state, adapters_off, add_adapters, merged, save_adapters
 from varl.config import (
     AdapterConfig,
 )
@@ -84,6 +84,20 @@ def test_adapters_on_and_off(family: Family, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(*drawn)
     tuned.sum().backward()
     for name, parameter in cast(nn.Module, policy).named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == (".lora_" in name), name
+
+
+@every
+def test_adapters_of_a_run_are_loaded(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    policy = adapted(family.make())
+    save_adapters(policy, LORA, tmp_path / "adapters.safetensors")
+    loaded = prepared(family, monkeypatch, adapters=str(tmp_path / "adapters.safetensors"))
+    assert torch.equal(scored(loaded), scored(policy))
+    assert torch.equal(scored(cast(Policy, WithoutAdapters(loaded))), scored(family.make()))
+    assert not torch.allclose(scored(loaded), scored(family.make()), atol=1e-2)
+    scored(loaded).sum().backward()
+    for name, parameter in cast(nn.Module, loaded).named_parameters():
         assert parameter.requires_grad == (parameter.grad is not None) == (".lora_" in name), name
 
 
@@ -174,3 +188,6 @@ def test_a_probe(family: Family) -> None:
     assert result.failed == 0
     assert all(math.isfinite(report.share) and report.entropy > 0 for report in result.steps)
     assert len({report.share for report in result.steps}) > 2
+    apart = probe(policy, score, prompts(2), Sampling(top_p=0.95), prefixes=2, continuations=2, batch=1)
+    for one, other in zip(result.steps, apart.steps, strict=True):
+        assert (one.share, one.error, one.entropy) == pytest.approx((other.share, other.error, other.entropy), abs=1e-3)

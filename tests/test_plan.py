@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import tiny_runs
+import varl.trainer
 from memory import LiveStorage, saved_storages, storage_bytes
 from small import make_prompts
 from varl import Prompt, load_policy
@@ -142,6 +144,19 @@ def tracking(trainer: Trainer) -> Iterator[LiveStorage]:
         yield live
 
 
+def with_texts(family: str, config: Any, weights: Any) -> Policy:
+    """A policy whose texts are read by a stand-in of their encoder."""
+    policy: Any = load_policy(family, config, weights)
+    if family == "infinity":
+        policy.text_encoder = lambda texts, device: [torch.randn(TEXT, 128) for _ in texts]
+    elif family == "switti":
+        text = {"prompt_embeds": torch.randn(77, 64), "pooled": torch.randn(12), "attn_bias": torch.zeros(77)}
+        policy.encoders = lambda texts, device: {name: torch.stack([v] * len(texts)) for name, v in text.items()}
+    elif family == "tokenflow":
+        policy._reader = SimpleNamespace(row=lambda text: list(range(1, TEXT + 1)))
+    return policy
+
+
 def small_run(family: str, folder: Path, **changes: Any) -> TrainConfig:
     """A run of a small policy whose files are in the folder; its second update is one of a full run."""
     width, depth = (64, 4) if family == "inkling" else (128, 12)
@@ -180,15 +195,27 @@ RUNS: dict[str, dict[str, Any]] = {
         "run": {"micro_batch": 1},
         "sampling": Sampling(guidance=2.0, top_p=0.9),
     },
+    "lora": {"method": {"update": "full"}, "policy": {"lora": AdapterConfig(rank=8)}},
+    "whole-bf16": {"method": {"update": "full", "prompts": 1}, "policy": {"precision": "bfloat16"}, "depth": 8},
+    "lora-bf16-checkpointing": {
+        "method": {"update": "full"},
+        "policy": {"precision": "bfloat16", "checkpointing": True, "lora": AdapterConfig(rank=8)},
+        "run": {"micro_batch": 8, "rollout_batch": 1},
+        "depth": 4,
+    },
 }
+OWN = {"decode", "whole-bf16", "lora-bf16-checkpointing"}
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("inkling", kind) for kind in RUNS if kind != "decode"]
-    + [("var", "full"), ("var", "full-bf16"), ("var", "decode")],
+    [("inkling", kind) for kind in RUNS if kind not in OWN]
+    + [("var", "full"), ("var", "full-bf16"), ("var", "decode")]
+    + [(family, "whole-bf16") for family in ("infinity", "switti", "tokenflow")]
+    + [(family, "lora-bf16-checkpointing") for family in ("var", "infinity", "switti", "tokenflow")],
 )
-def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path) -> None:
+def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varl.trainer, "load_policy", with_texts)
     config = small_run(family, tmp_path, **dict(RUNS[kind]))
     trainer = Trainer(config)
     trainer.step()
@@ -196,7 +223,9 @@ def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path) -> None:
         trainer.step()
     found = estimate(config)
     assert found.largest_phase() == (kind if kind in ("rollout", "decode") else "update")
-    assert found.peak() == pytest.approx(live.peak, rel=0.2)
+    # With adapters on Switti, less is saved than its blocks save where everything is trained.
+    rel = 0.3 if family == "switti" and config.policy.lora.rank else 0.2
+    assert found.peak() == pytest.approx(live.peak, rel=rel)
 
 
 def item(config: TrainConfig, name: str) -> float:

@@ -22,7 +22,9 @@ from varl.config import (
     RunConfig,
     TrainConfig,
 )
+from varl.evaluation import held_out
 from varl.models import load_policy
+from varl.policy import Condition, Policy
 from varl.run.metrics import read_metrics
 from varl.sampling import Sampling
 from varl.trainer import Trainer
@@ -198,6 +200,20 @@ def test_the_reference_stays_the_initial_policy(weights: Path, tmp_path: Path) -
     finished = load_policy("inkling", weights=tmp_path / "with" / "weights.safetensors")
     first = load_policy("inkling", weights=weights)
     assert_same(dict(finished.tokenizer.state_dict()), dict(first.tokenizer.state_dict()))  # type: ignore[attr-defined]
+
+
+def test_evaluations_are_drawn_in_parts(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    inner = held_out.rollout
+
+    def counted(policy: Policy, condition: Condition, *rest: Any) -> Any:
+        drawn.append(condition.batch)
+        return inner(policy, condition, *rest)
+
+    monkeypatch.setattr(held_out, "rollout", counted)
+    config = make_config(weights, tmp_path / "run", run={"micro_batch": 4, "rollout_batch": 3})
+    Trainer(replace(config, evaluation=EvaluationConfig(count=7))).evaluate()
+    assert drawn == [3, 3, 1]
 
 
 def test_what_a_run_leaves_behind(weights: Path, tmp_path: Path) -> None:

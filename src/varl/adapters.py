@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from varl.config import AdapterConfig
+from varl.config import AdapterConfig, PolicyConfig
 from varl.models.weights import load_strict
 from varl.policy import Policy
 
@@ -31,7 +32,9 @@ __all__ = [
     "load_adapter_state",
     "load_adapters",
     "merged",
+    "read_adapters",
     "save_adapters",
+    "with_adapters",
 ]
 
 
@@ -157,6 +160,48 @@ def save_adapters(policy: Policy, config: AdapterConfig, path: Path) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
+def read_adapters(path: Path, family: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The configuration and the weights of a file that ``save_adapters`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not whole, or holds no adapters of this family.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapters at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about, keys = file.metadata() or {}, list(file.keys())
+            state = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if about.get("family") != family or "lora" not in about:
+        raise ValueError(f"{path} holds no adapters of {family} but of {about.get('family', 'no family')}")
+    try:
+        saved = json.loads(about["lora"])
+        config = AdapterConfig(int(saved["rank"]), float(saved["alpha"]), tuple(map(str, saved["targets"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what adapters it holds: {error!r}") from error
+    return config, state
+
+
+def with_adapters(config: PolicyConfig) -> PolicyConfig:
+    """The configuration with ``lora`` as it is in the file that ``adapters`` names, if it names one.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_adapters``, or if another ``lora`` is asked for.
+    """
+    if config.adapters is None:
+        return config
+    saved, asked = read_adapters(Path(config.adapters), config.family)[0], config.lora
+    if asked.rank and (asked.rank, asked.alpha, asked.targets or saved.targets) != (*astuple(saved),):
+        raise ValueError(
+            f"policy.lora asks for rank {asked.rank} and alpha {asked.alpha:g}, but {config.adapters} holds some of "
+            f"rank {saved.rank} and alpha {saved.alpha:g} on {', '.join(saved.targets)}; leave policy.lora out"
+        )
+    return replace(config, lora=saved)
+
+
 def load_adapters(policy: Policy, path: Path) -> None:
     """Put the adapters of a file on a policy.
 
@@ -164,15 +209,8 @@ def load_adapters(policy: Policy, path: Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no adapters of this family and shape.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapters at {path}")
-    with safe_open(path, framework="pt") as file:
-        about, keys = file.metadata() or {}, list(file.keys())
-        state = {key: file.get_tensor(key) for key in keys}
-    if about.get("family") != policy.family or "lora" not in about:
-        raise ValueError(f"{path} holds no adapters of {policy.family} but of {about.get('family', 'no family')}")
-    saved = json.loads(about["lora"])
-    add_adapters(policy, AdapterConfig(saved["rank"], saved["alpha"], tuple(saved["targets"])))
+    config, state = read_adapters(path, policy.family)
+    add_adapters(policy, config)
     load_adapter_state(policy, state, str(path))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -21,40 +24,72 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the function that carries it out, and whether its first word is a recipe."""
+    """A command: the function that carries it out, and its settings."""
 
     run: Callable[[Any], int | None]
     config: type
-    recipe: bool
     help: str
 
 
 COMMANDS = {
-    "train": Command(commands.train, commands.TrainConfig, True, "tune a policy with reinforcement learning"),
-    "plan": Command(commands.plan, commands.PlanConfig, True, "estimate the memory of a recipe"),
-    "generate": Command(commands.generate, commands.GenerateConfig, False, "draw pictures"),
-    "evaluate": Command(commands.evaluate, commands.EvaluateConfig, False, "score a policy on held-out prompts"),
-    "pretrain": Command(commands.pretrain, commands.PretrainConfig, True, "train the embedded model from nothing"),
-    "probe": Command(commands.probe, commands.ProbeConfig, False, "measure which steps decide the reward"),
-    "doctor": Command(commands.doctor, commands.DoctorConfig, False, "check a policy and the reward"),
+    "train": Command(commands.train, commands.TrainConfig, "tune a policy with reinforcement learning"),
+    "plan": Command(commands.plan, commands.PlanConfig, "estimate the memory of a recipe"),
+    "generate": Command(commands.generate, commands.GenerateConfig, "draw pictures"),
+    "evaluate": Command(commands.evaluate, commands.EvaluateConfig, "score a policy on held-out prompts"),
+    "pretrain": Command(commands.pretrain, commands.PretrainConfig, "train the embedded model from nothing"),
+    "probe": Command(commands.probe, commands.ProbeConfig, "measure which steps decide the reward"),
+    "doctor": Command(commands.doctor, commands.DoctorConfig, "check a policy and the reward"),
 }
 
 
 def _overview() -> str:
-    lines = ["usage: varl COMMAND ...", "", "commands:"]
+    lines = ["usage: varl COMMAND [RECIPE] [--key value ...]", "", "commands:"]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    lines += ["", "varl COMMAND --help explains a command and each of its settings.", ""]
+    lines += [
+        "",
+        "varl COMMAND --help explains a command and each of its settings. RECIPE is a file of varl train's settings;",
+    ]
+    lines += ["pretrain has recipes of its own.", ""]
     lines += ["examples:", "  varl doctor", "  varl train recipes/inkling-ocr.yaml --run.out runs/first"]
     return "\n".join(lines)
 
 
 def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
-    usage = f"varl {name} RECIPE [--key value ...]" if command.recipe else f"varl {name} [--key value ...]"
     about = (command.run.__doc__ or "").strip()
-    parser = jsonargparse.ArgumentParser(prog=f"varl {name}", usage=usage, description=about)
-    parser.add_argument("--config", action="config", help="a recipe (YAML); the settings named after it override it")
+    parser = jsonargparse.ArgumentParser(
+        prog=f"varl {name}", usage=f"varl {name} [RECIPE] [--key value ...]", description=about
+    )
+    parser.add_argument("--config", action="config", help="settings (YAML); those named after it override them")
     parser.add_class_arguments(command.config, as_group=False)
     return parser
+
+
+def _read(name: str, command: Command, words: Sequence[str]) -> Any:
+    parser = _parser(name, command)
+    with checking():
+        for word in words:
+            if deep := re.match(r"--policy\.config\.([^.=]+)\.", word):
+                raise ValueError(
+                    f"{word} would replace all of policy.config.{deep[1]}: set it in the recipe, or give "
+                    f"--policy.config.{deep[1]} as a whole, '{{...}}'"
+                )
+        parsed = parser.instantiate(parser.parse_args(words))
+        parsed.pop("config", None)
+        return command.config(**vars(parsed))
+
+
+def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
+    """A command's settings: those of its recipe, if the first word is one, overridden by the words after it."""
+    if not words or words[0].startswith("-"):
+        return _read(name, command, words)
+    path, *rest = words
+    with checking():
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no recipe {path}")
+    if issubclass(command.config, commands.TrainConfig | commands.PretrainConfig):
+        return _read(name, command, ["--config", path, *rest])
+    recipe = _read("train", COMMANDS["train"], ["--config", path])
+    return _read(name, command, ["--config", json.dumps(commands.from_recipe(recipe, command.config)), *rest])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,14 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]error:[/] there is no command {name!r}; there are {', '.join(COMMANDS)}", soft_wrap=True)
         return 2
     command = COMMANDS[name]
-    if command.recipe and rest and not rest[0].startswith("-"):
-        rest = ["--config", *rest]
-    parser = _parser(name, command)
     try:
-        with checking():
-            parsed = parser.instantiate(parser.parse_args(rest))
-            parsed.pop("config", None)
-            config = command.config(**vars(parsed))
+        config = _settings(name, command, rest)
         return command.run(config) or 0
     except InputError as error:
         console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)

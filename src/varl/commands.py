@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from varl.config import PolicyConfig, TrainConfig
-from varl.doctor import check_policy, check_prompts, check_reader
+from varl.doctor import check_enough, check_policy, check_reader
 from varl.errors import checking
 from varl.evaluation.held_out import comparison_table
 from varl.evaluation.held_out import evaluate as evaluate_policy
@@ -24,18 +24,35 @@ from varl.plan import estimate
 from varl.policy import Policy, Prompt
 from varl.probe import check_counts
 from varl.probe import probe as probe_policy
-from varl.prompts import quoted_words, resolve_prompts
+from varl.prompts import check_prompts, quoted_words, resolve_prompts
 from varl.rewards import load_reward
 from varl.rollout import rollout, row_generators
+from varl.run.folder import plain
 from varl.run.gallery import save_pictures
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.trainer import Trainer, autocast, choose_device, prepare
 
-__all__ = ["doctor", "evaluate", "generate", "plan", "pretrain", "probe", "train"]
+__all__ = ["doctor", "evaluate", "from_recipe", "generate", "plan", "pretrain", "probe", "train"]
 
 console = Console()
 SHIPPED_SAMPLING = Sampling()
+
+
+def from_recipe(recipe: TrainConfig, config: type) -> dict[str, Any]:
+    """What a recipe says of another command's settings, as plain values.
+
+    Evaluating and generating take the held-out prompts, if there are some; probing and the doctor those of training.
+    """
+    held_out = config in (EvaluateConfig, GenerateConfig) and recipe.evaluation.enabled
+    prompts = asdict(recipe.evaluation) if held_out else {"source": recipe.prompts.source}
+    if config is GenerateConfig:
+        prompts = {"source": prompts["source"]}
+    sampling = (held_out and recipe.evaluation.sampling) or recipe.sampling
+    shared = {"policy": asdict(recipe.policy), "sampling": asdict(sampling), "reward": recipe.reward}
+    run = {"device": recipe.run.device, "batch": recipe.run.picture_batch}
+    names = {field.name for field in fields(config)}
+    return plain({name: value for name, value in (prompts | shared | run).items() if name in names})
 
 
 def _progress() -> Progress:
@@ -59,7 +76,8 @@ def train(config: TrainConfig) -> None:
     with checking():
         trainer = Trainer(config)
     total = config.run.updates
-    console.print(f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}")
+    about = f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}"
+    console.print(about, soft_wrap=True)
     with _progress() as bar:
         task = bar.add_task("evaluating", total=total, completed=trainer.update, note="")
 
@@ -78,7 +96,9 @@ def train(config: TrainConfig) -> None:
     picture = trainer.folder.path / "before_after.png"
     if picture.exists():
         console.print(f"before and after: {picture}")
-    console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}")
+    console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}", soft_wrap=True)
+    if trainer.lora:
+        console.print(f"their adapters: {trainer.folder.path / 'adapters.safetensors'}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -139,9 +159,11 @@ class GenerateConfig:
     """Settings of ``varl generate``.
 
     Attributes:
-        prompt: prompts as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom"; instead of a source.
-        source: prompt file, or ``inkling:held-out``.
-        count: how many prompts to generate or take.
+        prompt: a prompt as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom", or a list of them; instead
+            of a source.
+        source: a prompt file; ``inkling:held-out``; or ``labels:0-999``, classes.
+        count: how many prompts of the source to generate or take.
+        batch: pictures drawn at once.
         out: the picture to write: one sheet of all samples.
         policy: the model.
         sampling: how it is sampled.
@@ -149,14 +171,23 @@ class GenerateConfig:
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    prompt: list[str] = field(default_factory=list)
+    prompt: list[str] | str = field(default_factory=list)
     source: str = "inkling:held-out"
     count: int = 16
+    batch: int = 32
     out: Path = Path("pictures.png")
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: Sampling = SHIPPED_SAMPLING
     seed: int = 0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 picture, got {batch}")
 
 
 def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, torch.autocast]:
@@ -169,18 +200,20 @@ def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, tor
 def generate(config: GenerateConfig) -> None:
     """Draw pictures for prompts and save them as one sheet."""
     with checking():
-        prompts = [Prompt(text, quoted_words(text)) for text in config.prompt] or resolve_prompts(
-            config.source, count=config.count
-        )
-        prompts = prompts[: max(config.count, len(config.prompt))]
+        texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+        prompts = [Prompt(text, quoted_words(text)) for text in texts]
+        prompts = prompts or resolve_prompts(config.source, count=config.count)[: config.count]
         policy, schedule, precision = _load(config.policy, config.device)
-        condition = policy.condition(prompts, schedule)
+        check_prompts(policy, prompts, schedule)
         if not config.out.resolve().parent.is_dir():
             raise FileNotFoundError(f"there is no folder {config.out.resolve().parent} to write {config.out.name} into")
+    generators, pictures = row_generators((config.seed,), len(prompts)), []
     with precision:
-        drawn = rollout(policy, condition, config.sampling, row_generators((config.seed,), len(prompts)))
-        pictures = policy.decode(drawn.actions, schedule).float().cpu()
-    save_pictures(config.out, prompts, pictures)
+        for first in range(0, len(prompts), config.batch):
+            rows = slice(first, first + config.batch)
+            drawn = rollout(policy, policy.condition(prompts[rows], schedule), config.sampling, generators[rows])
+            pictures.append(policy.decode(drawn.actions, schedule).float().cpu())
+    save_pictures(config.out, prompts, torch.cat(pictures))
     console.print(f"{len(prompts)} pictures: {config.out}")
 
 
@@ -189,10 +222,12 @@ class EvaluateConfig:
     """Settings of ``varl evaluate``.
 
     Attributes:
-        source: a prompt file, or ``inkling:held-out``, generated from words that are never trained on.
+        source: a prompt file; ``inkling:held-out``, generated from words that are never trained on; or
+            ``labels:0-999``, classes.
         count: how many prompts to generate; ignored for files.
         prompt_seed: of the generated prompts.
         seed: of the pictures.
+        batch: pictures drawn at once.
         policy: the model.
         sampling: how it is sampled.
         reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
@@ -204,11 +239,15 @@ class EvaluateConfig:
     count: int = 128
     prompt_seed: int = 1
     seed: int = 0
+    batch: int = 32
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: Sampling = SHIPPED_SAMPLING
     reward: str | dict[str, Any] = "ocr"
     out: Path | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -216,7 +255,7 @@ def evaluate(config: EvaluateConfig) -> None:
     with checking():
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts, schedule)
+        check_prompts(policy, prompts, schedule)
     with _progress() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
         result = evaluate_policy(
@@ -225,6 +264,7 @@ def evaluate(config: EvaluateConfig) -> None:
             config.sampling,
             reward,
             seed=config.seed,
+            batch=config.batch,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             schedule=schedule,
             precision=precision,
@@ -264,6 +304,7 @@ class ProbeConfig:
         count: prompts to measure on.
         prefixes: states drawn for every prompt and step.
         continuations: continuations of each.
+        batch: pictures drawn at once, but at least those of one prompt.
         policy: the model.
         sampling: how it is sampled.
         reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
@@ -276,12 +317,16 @@ class ProbeConfig:
     count: int = 24
     prefixes: int = 4
     continuations: int = 4
+    batch: int = 512
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sampling: Sampling = SHIPPED_SAMPLING
     reward: str | dict[str, Any] = "ocr"
     out: Path = Path("runs/probe")
     seed: int = 0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
 
 
 def probe(config: ProbeConfig) -> None:
@@ -294,7 +339,7 @@ def probe(config: ProbeConfig) -> None:
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
         check_counts(len(prompts), config.prefixes, config.continuations)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts, schedule)
+        check_prompts(policy, prompts, schedule)
         config.out.mkdir(parents=True, exist_ok=True)
     with _progress() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
@@ -305,13 +350,15 @@ def probe(config: ProbeConfig) -> None:
             config.sampling,
             prefixes=config.prefixes,
             continuations=config.continuations,
+            batch=config.batch,
             seed=config.seed,
             schedule=schedule,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(result.table())
     m, n = result.suggestion()
-    console.print(f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1")
+    suggestion = f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1"
+    console.print(suggestion, soft_wrap=True)
     (config.out / "probe.json").write_text(json.dumps(result.to_dict(), indent=1))
     result.plot(config.out / "probe.png")
     console.print(f"figure: {config.out / 'probe.png'}")
@@ -338,9 +385,9 @@ def doctor(config: DoctorConfig) -> int:
     """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
     with checking():
         prompts = resolve_prompts(config.source, count=4)[:4]
-        check_prompts(prompts)
+        check_enough(prompts)
         reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
-        policy.condition(prompts, schedule)
+        check_prompts(policy, prompts, schedule)
     failed = 0
     for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
         mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"

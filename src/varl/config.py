@@ -64,6 +64,8 @@ class PolicyConfig:
         compile: compile the blocks with torch.compile: minutes once, faster after, equal but for rounding.
         checkpointing: keep only the inputs of the blocks for the backward pass, and compute the rest again.
         lora: train adapters instead of the weights.
+        adapters: path of adapters that a run wrote, put on the weights. Training goes on with them: ``lora`` is theirs,
+            and the reference is the weights without them.
     """
 
     family: str = "inkling"
@@ -76,6 +78,7 @@ class PolicyConfig:
     compile: bool = False
     checkpointing: bool = False
     lora: AdapterConfig = field(default_factory=AdapterConfig)
+    adapters: str | None = None
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,10 @@ class EvaluationConfig:
             _need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
 
 
+PICTURES = 32
+"""Pictures at once where the run measures how many sequences are learned from at once."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """How long, where and how.
@@ -295,8 +302,9 @@ class RunConfig:
         seed: of everything drawn in training.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of the model; 0 leaves torch's choice.
-        micro_batch: sequences in one forward and backward pass; ``auto`` measures, at the first update of each kind,
-            what costs the least time and fits in memory, and keeps to it in this run folder.
+        micro_batch: sequences in one forward and backward pass, and pictures decoded or evaluated at once; ``auto``
+            measures, at the first update of each kind, what costs the least time and fits in memory, and keeps to it in
+            this run folder.
         rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
         overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
             quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
@@ -325,6 +333,12 @@ class RunConfig:
             _need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
         for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
             _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def picture_batch(self) -> int:
+        """Pictures that an evaluation draws and decodes at once: no more than training does."""
+        sequences = PICTURES if self.micro_batch == "auto" else self.micro_batch
+        return min(sequences, self.rollout_batch or sequences)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
-__all__ = ["Check", "check_policy", "check_prompts", "check_reader"]
+__all__ = ["Check", "check_enough", "check_policy", "check_reader"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Check:
     found: str
 
 
-def check_prompts(prompts: Sequence[Prompt]) -> None:
+def check_enough(prompts: Sequence[Prompt]) -> None:
     """Refuse prompts that are too few for the checks.
 
     Raises:
@@ -61,7 +61,7 @@ def check_policy(
     Raises:
         ValueError: if there are fewer than two prompts.
     """
-    check_prompts(prompts)
+    check_enough(prompts)
     condition = policy.condition(prompts, schedule)
     schedule = condition.schedule
     drawn = rollout(policy, condition, None, row_generators((0,), len(prompts)), logp=True)

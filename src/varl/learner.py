@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varl.algorithm import LossInput, LossOutput, policy_loss, token_weights
 from varl.config import MethodConfig, OptimizerConfig
@@ -69,7 +69,7 @@ class Learner:
         self.micro_batch, self.steps_taken = micro_batch, 0
         self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            _groups(policy.trainable),
             optimizer.learning_rate,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
@@ -278,6 +278,17 @@ WATCHED = 32
 def _watched(counts: list[int]) -> Tensor:
     """Which tokens' entropy is logged, bool [L]."""
     return torch.cat([torch.arange(n) * min(WATCHED, n) % n < min(WATCHED, n) for n in counts])
+
+
+def _groups(module: nn.Module) -> list[dict[str, Any]]:
+    """What weight decay shrinks, and what it leaves alone, where rows without a gradient must not move."""
+    undecayed = set(getattr(module, "undecayed", ()))
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for name, parameter in trained if name not in undecayed]},
+        {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _policy_weight(inputs: LossInput) -> Tensor:

@@ -20,13 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from varl import updates
-from varl.adapters import adapter_parameters
+from varl.adapters import adapter_parameters, with_adapters
 from varl.config import TrainConfig
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
@@ -208,7 +209,10 @@ def estimate(config: TrainConfig) -> Estimate:
 
     Raises:
         ValueError: if the recipe names no policy, size, middle step or layers that there are.
+        FileNotFoundError: if its adapters are not there, and ``policy.lora`` does not say either what they are.
     """
+    if config.policy.adapters and (Path(config.policy.adapters).is_file() or not config.policy.lora.rank):
+        config = replace(config, policy=with_adapters(config.policy))
     with torch.device("meta"):
         policy = load_policy(config.policy.family, config.policy.config, "random")
     schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
@@ -231,9 +235,8 @@ def estimate(config: TrainConfig) -> Estimate:
     kinds = ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,)
     plans = [updates.plan(cast(updates.Kind, kind), config.method, schedule) for kind in kinds]
     items += max((_rollout(config, shape, schedule, plan) for plan in plans), key=_total)
-    sequences = AUTO if config.run.micro_batch == "auto" else config.run.micro_batch
     maps = MAPS * 4 * shape.channels * math.prod(schedule.image_size)
-    items.append(Item("pictures of a micro-batch, decoded", sequences * maps, "decode"))
+    items.append(Item("pictures decoded at once", config.run.picture_batch * maps, "decode"))
     shares = getattr(policy, "shares_keys", True)
     items += max((_update(config, shape, schedule, plan, shares) for plan in plans), key=_total)
     items.append(Item("optimizer's step", 4 * trained, "optimizer", sharded=True))

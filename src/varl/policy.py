@@ -105,7 +105,9 @@ class Policy(Protocol):
     ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes; where it has an
     attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass. ``lora_targets``
     names the linear layers (ends of their full names) on which adapters matter. ``shares_keys``: whether a step reads
-    the keys and values of the steps before it; if not, there is nothing of a prefix to share.
+    the keys and values of the steps before it; if not, there is nothing of a prefix to share. Where ``trainable`` has
+    an attribute ``undecayed``, it names the parameters that weight decay leaves alone: tables of which an update reads
+    few rows, and what only guidance reads.
     """
 
     family: str

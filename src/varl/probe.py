@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from varl.policy import Policy, Prompt
+from varl.policy import Condition, Policy, Prompt
 from varl.rewards import Reward
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
@@ -152,6 +152,7 @@ def probe(
     *,
     prefixes: int = 4,
     continuations: int = 4,
+    batch: int = 512,
     seed: int = 0,
     schedule: ScaleSchedule | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -161,32 +162,52 @@ def probe(
     For each step, ``prefixes`` states of every prompt are drawn and each goes on ``continuations`` times from its
     caches; pictures that the reward fails on drop their prompt from that step's measurement.
 
+    Args:
+        batch: pictures drawn at once, but at least those of one prompt; it changes nothing but rounding.
+
     Raises:
         ValueError: if there are fewer than two prompts, prefixes or continuations, or a step keeps fewer prompts.
     """
     check_counts(len(prompts), prefixes, continuations)
-    condition = policy.condition(prompts, schedule)
-    schedule = condition.schedule
-    sequence = rollout(policy, condition, sampling, row_generators((seed, 0), len(prompts)))
-    entropy = log_probs(policy, condition, sequence.actions, entropy=True).entropy
-    assert entropy is not None
+    each = prefixes * continuations
+    together = max(batch // each, 1)
+    parts = [slice(first, min(first + together, len(prompts))) for first in range(0, len(prompts), together)]
+    conditions = [policy.condition(prompts[part], schedule) for part in parts]
+    schedule = conditions[0].schedule
+    generators = row_generators((seed, 0), len(prompts))
+    entropy = torch.cat(
+        [_entropy(policy, c, sampling, generators[part]) for c, part in zip(conditions, parts, strict=True)]
+    )
     entropies = [float(part.mean()) for part in entropy.split(list(schedule.counts), 1)]
-    heads, reports, failed = condition.repeat(prefixes), [], 0
+    reports, failed = [], 0
     for m in range(1, len(schedule)):
-        start = rollout(policy, heads, sampling, row_generators((seed, m, 0), heads.batch), until=m, keep_state=True)
-        rows = row_generators((seed, m, 1), heads.batch * continuations)
-        whole = rollout(policy, heads, sampling, rows, start=start, fork=continuations)
-        shown = [prompt for prompt in prompts for _ in range(prefixes * continuations)]
-        output = reward(policy.decode(whole.actions, schedule).float().cpu(), shown)
-        failed += int(output.failed.sum())
-        scores = output.score.view(len(prompts), prefixes, continuations)
-        kept = ~output.failed.view(len(prompts), -1).any(1)
-        share, error = decided_share(scores[kept])
+        first = row_generators((seed, m, 0), len(prompts) * prefixes)
+        second = row_generators((seed, m, 1), len(prompts) * each)
+        found = []
+        for condition, part in zip(conditions, parts, strict=True):
+            heads, own = condition.repeat(prefixes), slice(part.start * prefixes, part.stop * prefixes)
+            start = rollout(policy, heads, sampling, first[own], until=m, keep_state=True)
+            own = slice(part.start * each, part.stop * each)
+            whole = rollout(policy, heads, sampling, second[own], start=start, fork=continuations)
+            shown = [prompt for prompt in prompts[part] for _ in range(each)]
+            found.append(reward(policy.decode(whole.actions, schedule).float().cpu(), shown))
+        wrong = torch.cat([output.failed for output in found])
+        failed += int(wrong.sum())
+        scores = torch.cat([output.score for output in found]).view(len(prompts), prefixes, continuations)
+        share, error = decided_share(scores[~wrong.view(len(prompts), -1).any(1)])
         reports.append(_report(schedule, m, share, error, entropies))
         progress(m, len(schedule) - 1)
     reports.append(_report(schedule, len(schedule), 1.0, 0.0, entropies))
-    pictures = len(prompts) * prefixes * continuations * (len(schedule) - 1)
+    pictures = len(prompts) * each * (len(schedule) - 1)
     return Probe(schedule, reports, pictures, failed)
+
+
+def _entropy(policy: Policy, condition: Condition, sampling: Sampling, rows: Sequence[torch.Generator]) -> Tensor:
+    """Entropies of the tokens of one drawn sequence a row, [batch, tokens]."""
+    sequence = rollout(policy, condition, sampling, rows)
+    entropy = log_probs(policy, condition, sequence.actions, entropy=True).entropy
+    assert entropy is not None
+    return entropy
 
 
 def _report(schedule: ScaleSchedule, m: int, share: float, error: float, entropies: list[float]) -> StepReport:

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from varl.policy import Box, Prompt
+from varl.policy import Box, Policy, Prompt
+from varl.schedule import ScaleSchedule
 
 __all__ = [
     "PromptStream",
+    "check_prompts",
     "inkling_prompts",
     "label_prompts",
     "load_prompts",
@@ -23,6 +25,7 @@ __all__ = [
     "with_region_counts",
 ]
 
+CHECKED_AT_ONCE = 32
 # A straight single quote opens only where no letter is before it, and closes only where none is after it: `don't` and
 # `the dogs' bowl` hold apostrophes, 'DON'T WALK' one text.
 _QUOTED = re.compile(r"""
@@ -318,3 +321,13 @@ def resolve_prompts(
     else:
         prompts = load_prompts(source)
     return prompts if region_counts is None else with_region_counts(prompts, region_counts, seed)
+
+
+def check_prompts(policy: Policy, prompts: Sequence[Prompt], schedule: ScaleSchedule) -> None:
+    """Condition on every prompt, a few at a time, so that one that cannot be drawn is found before work starts.
+
+    Raises:
+        ValueError: if the policy takes no condition from a prompt.
+    """
+    for first in range(0, len(prompts), CHECKED_AT_ONCE):
+        policy.condition(prompts[first : first + CHECKED_AT_ONCE], schedule)

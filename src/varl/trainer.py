@@ -10,20 +10,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varl import updates
-from varl.adapters import WithoutAdapters, adapter_state, add_adapters, load_adapter_state, merged, save_adapters
+from varl.adapters import (
+    WithoutAdapters,
+    adapter_state,
+    add_adapters,
+    load_adapter_state,
+    load_adapters,
+    merged,
+    save_adapters,
+    with_adapters,
+)
 from varl.config import PolicyConfig, TrainConfig
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy, Prompt
-from varl.prompts import PromptStream, resolve_prompts
+from varl.prompts import PromptStream, check_prompts, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
@@ -72,11 +82,16 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     Raises:
         ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
     """
+    config = with_adapters(config)
     policy = load_policy(config.family, config.config, config.weights)
+    if getattr(policy, "tokenizer", None) is None:
+        raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
     # Not every parameter of the trainable part is one: a family may keep some fixed.
     trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
     cast(nn.Module, policy).to(device).eval().requires_grad_(False)
-    if config.lora.rank:
+    if config.adapters is not None:
+        load_adapters(policy, Path(config.adapters))
+    elif config.lora.rank:
         add_adapters(policy, config.lora)
     else:
         for parameter in trained:
@@ -129,6 +144,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        config = replace(config, policy=with_adapters(config.policy))
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
@@ -142,11 +158,10 @@ class Trainer:
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
             raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
-        self.policy.condition(prompts, self.schedule)
+        check_prompts(self.policy, prompts, self.schedule)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
-        if self.held_out:
-            self.policy.condition(self.held_out, self.schedule)
+        check_prompts(self.policy, self.held_out, self.schedule)
         for name, sampling in (("sampling", config.sampling), ("evaluation.sampling", e.sampling or config.sampling)):
             if sampling.top_k > self.policy.classes:
                 raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
@@ -316,6 +331,7 @@ class Trainer:
             self.config.evaluation.sampling or self.config.sampling,
             self.reward,
             seed=self.config.evaluation.seed,
+            batch=self.config.run.picture_batch,
             schedule=self.schedule,
             precision=self.precision(),
         )

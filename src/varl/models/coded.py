@@ -132,7 +132,8 @@ class CodedPolicy(TeacherForced):
         side = self.default_schedule.image_size[0]
         if resolution not in (None, side) or aspect_ratio not in (None, 1.0):
             raise ValueError(
-                f"these weights of {self.family} draw {side}x{side} pictures only, not {resolution} at {aspect_ratio}"
+                f"these weights of {self.family} draw {side}x{side} pictures only; what was asked for is resolution "
+                f"{resolution} at aspect ratio {aspect_ratio}"
             )
         return self.default_schedule
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 __all__ = ["fill"]
 
@@ -15,6 +19,7 @@ def fill(kind: type[T], given: Mapping[str, Any] | T | None, what: str) -> T:
     """A dataclass from a mapping of its fields; one that is filled already is returned as it is.
 
     Args:
+        given: values of the fields' types; numbers may be written as text, as a command line gives them.
         what: how errors name it, for example ``VAR's tokenizer``.
 
     Raises:
@@ -26,10 +31,45 @@ def fill(kind: type[T], given: Mapping[str, Any] | T | None, what: str) -> T:
         raise ValueError(f"the settings of {what} must be a mapping, not {given!r}")
     values = dict(given or {})
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(values.keys() - set(known))
+    unknown = sorted(values.keys() - set(known), key=str)
     if unknown:
         raise ValueError(f"{what} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        try:
+            values[name] = _read(hints[name], value)
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            right = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else str(hints[name])
+            raise ValueError(f"{what}: {name} must be {right}, got {value!r}") from error
     try:
         return kind(**values)
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"the settings of {what} cannot be used: {error}") from error
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """The value as a type hint wants it; TypeError or ValueError if it is none."""
+    options, origin = get_args(hint), get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for option in sorted(options, key=lambda option: option is str):
+            try:
+                return _read(option, value)
+            except (TypeError, ValueError):
+                continue
+        raise TypeError
+    if isinstance(value, str) and hint is not str:
+        value = float(value) if hint is float else yaml.safe_load(value)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError
+        each = options[:1] * len(value) if options[-1] is ... else options
+        return tuple(_read(one, item) for one, item in zip(each, value, strict=True))
+    if hint is bool and value in (0, 1):
+        return bool(value)
+    if (hint is int and isinstance(value, Integral)) or (hint is float and isinstance(value, Real)):
+        return hint(value)
+    if not isinstance(value, hint):
+        raise TypeError
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,8 @@ def _read_file(path: Path, nested: Sequence[Sequence[str]]) -> dict[str, Tensor]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        cut = isinstance(error, OSError) and error.errno == errno.EINVAL
+        reason = "it is cut short" if cut else str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is not a whole torch file of plain tensors: {reason}") from error
     return _unwrap(content, nested, str(path))
 

@@ -44,6 +44,9 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
         return own
 
     module.AutoTokenizer = SimpleNamespace(from_pretrained=from_pretrained)  # type: ignore[attr-defined]
+    log = {name: lambda *_: None for name in ("get_verbosity", "set_verbosity", "set_verbosity_error")}
+    bars = {name: lambda: None for name in ("is_progress_bar_enabled", "disable_progress_bar")}
+    module.logging = SimpleNamespace(**log, **bars)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformers", module)
     return own
 
@@ -70,8 +73,16 @@ def test_ids_of_the_opening_may_be_given(letters: Letters, tmp_path: Path) -> No
 
 
 def test_a_folder_is_needed(letters: Letters, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder of a text tokenizer at"):
+    with pytest.raises(FileNotFoundError, match="no text tokenizer at"):
         PromptReader(tmp_path / "none", CONFIG).row("ab")
+
+
+def test_another_tokenizer(letters: Letters, tmp_path: Path) -> None:
+    """Any tokenizer reads any text; Llama's starts with <s>."""
+    reader = PromptReader(tmp_path, CONFIG)
+    reader._tokenizer = lambda text, **_: SimpleNamespace(input_ids=[4, 5])
+    with pytest.raises(ValueError, match=r"holds no tokenizer of Llama: texts begin with \[4\], not <s>, \[1\]"):
+        reader.row("ab")
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

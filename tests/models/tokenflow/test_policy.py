@@ -11,7 +11,7 @@ import varl
 from models.tokenflow.whole import whole_logits
 from small import counting
 from varl import Sampling, log_probs, rollout
-from varl.models.tokenflow import TokenFlow
+from varl.models.tokenflow import TokenFlow, model
 from varl.models.tokenflow.refine import draw_refined, published_passes
 from varl.policy import Condition, State
 from varl.rollout import replay
@@ -114,10 +114,11 @@ def test_schedules(policy: TokenFlow) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rounding", [False, True])
-def test_the_cache_equals_rebuilding_the_whole_sequence(rounding: bool) -> None:
+@pytest.mark.parametrize("attend", ["_attend", "_attend_rounding"])
+def test_the_cache_equals_rebuilding_the_whole_sequence(attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step by step, with guidance, heads of keys shared, and prompts of different lengths in a batch."""
-    policy, actions = make(upstream_rounding=rounding), random_actions()
+    monkeypatch.setattr(model, "_attend", getattr(model, attend))
+    policy, actions = make(), random_actions()
     condition = policy.condition_from({"prompt": PROMPTS, "null": NULL})
     schedule = condition.schedule
     closing = torch.tensor([[7, 9, 2]]).expand(3, -1)

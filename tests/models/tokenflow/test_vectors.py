@@ -8,7 +8,7 @@ from torch import Tensor
 from models.tokenflow.cases import LM_CASES, TOKENIZER_CASES, Case, lm_policy, new_policy, prompts_of
 from models.tokenflow.whole import allowed, whole_logits
 from varl import Sampling
-from varl.models.tokenflow import TokenFlow, refine
+from varl.models.tokenflow import TokenFlow, model, refine
 from varl.models.tokenflow.config import TokenizerConfig
 from varl.models.tokenflow.refine import draw_refined
 from varl.models.tokenflow.tokenizer import Tokenizer
@@ -179,19 +179,33 @@ def expected_rows(case: Case, policy: TokenFlow, name: str) -> Tensor:
 
 @every_lm
 def test_bf16_with_upstreams_rounding(case: Case) -> None:
-    """Both parts cast, and rounded where upstream rounds."""
-    policy = new_policy(case, upstream_rounding=True).to(torch.bfloat16)
+    """Both parts cast: rounded where upstream rounds, unless told otherwise."""
+    policy = new_policy(case).to(torch.bfloat16)
     maps = policy.tokenizer.quantize.inputs(case.tensors["in.codes"].long(), len(policy.default_schedule))
     rows = policy.transformer.model.embed(prompts_of(case)["prompt"], maps, range(len(policy.default_schedule)))
     allowed_difference = case.manifest["bf16_vs_fp32_max_abs(valid)"] / 2
     near(rows, case.tensors["bf16.inputs_embeds"][:, : rows.shape[1]], allowed_difference)
-    near(bf16_logits(case, policy), expected_rows(case, policy, "bf16.logits"), allowed_difference)
+    found, expected = bf16_logits(case, policy), expected_rows(case, policy, "bf16.logits")
+    near(found, expected, allowed_difference)
+    assert torch.equal(found.bfloat16(), expected.bfloat16())
 
 
 @every_lm
-def test_bf16_transformer_is_near_fp32(case: Case) -> None:
+@torch.no_grad()
+def test_autocast_rounds_nothing_as_upstream(case: Case) -> None:
+    found = []
+    for rounding in (True, False):
+        policy = new_policy(case, upstream_rounding=rounding)
+        condition = policy.condition_from(prompts_of(case))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(policy.hidden(condition, case.tensors["in.codes"].long(), range(len(condition.schedule))))
+    assert torch.equal(*found)
+
+
+@every_lm
+def test_fused_bf16_is_near_fp32(case: Case) -> None:
     """No further from fp32 than upstream in bf16 is, on average."""
-    policy = new_policy(case)
+    policy = new_policy(case, upstream_rounding=False)
     policy.trainable.to(torch.bfloat16)
     fp32, bf16 = (expected_rows(case, policy, name) for name in ("tf.logits", "bf16.logits"))
     found = bf16_logits(case, policy)
@@ -201,9 +215,9 @@ def test_bf16_transformer_is_near_fp32(case: Case) -> None:
 
 @every_lm
 @torch.no_grad()
-def test_upstreams_rounding_changes_nothing_in_fp32(case: Case) -> None:
-    """Nor do its states: dense attention from a cache."""
-    policy, t = new_policy(case, upstream_rounding=True), case.tensors
+def test_attention_as_upstream_rounds_it_from_a_cache(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_attend", model._attend_rounding)
+    policy, t = new_policy(case), case.tensors
     state = policy.start(policy.condition_from(prompts_of(case)), case.manifest["config"]["cfg"])
     for step in range(len(state.schedule)):
         near(filter_logits(policy.next_logits(state), Sampling()), t[f"forced.cfg_logits.{step}"])

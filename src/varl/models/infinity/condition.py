@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varl.models.text import load_text
 from varl.policy import Condition
 from varl.schedule import ScaleSchedule
 
@@ -43,18 +44,9 @@ class TextEncoder:
         return self
 
     def _load(self) -> None:
-        try:
-            from transformers import AutoTokenizer, T5EncoderModel
-        except ImportError as error:
-            raise ImportError(
-                "Infinity's text encoder needs transformers: pip install 'varl[infinity]'; or give precomputed "
-                "features to policy.condition_from"
-            ) from error
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"no text encoder at {self.path}: a local folder is needed")
-        self._tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        model = T5EncoderModel.from_pretrained(self.path, local_files_only=True, dtype=self.dtype)
-        self._model = model.eval().requires_grad_(False)
+        self._tokenizer, self._model = load_text(
+            self.path, "text encoder", "infinity", "AutoTokenizer", "T5EncoderModel", dtype=self.dtype
+        )
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], device: torch.device) -> list[Tensor]:

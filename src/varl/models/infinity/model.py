@@ -137,6 +137,8 @@ class Transformer(nn.Module):
         checkpointing: recompute the blocks in the backward pass.
     """
 
+    undecayed = ("cfg_uncond", "lvl_embed.weight")
+
     def __init__(self, config: TransformerConfig, bits: int, h_div_w: float = 1.0) -> None:
         super().__init__()
         self.config, self.bits, self.h_div_w, self.checkpointing = config, bits, h_div_w, False

@@ -30,9 +30,12 @@ class InklingConfig:
     Attributes:
         grids: sides of the square grids; the last times 4 is the picture's side, 48.
         codes: codebook size.
-        coarse, fine: components of the tokenizer's encoder.
+        coarse: components of the tokenizer's encoder, for the coarse grids.
+        fine: components for the last grid.
         decoder: channels of the tokenizer's decoder.
-        width, depth, heads: of the transformer.
+        width: channels of the transformer.
+        depth: its blocks.
+        heads: of attention, in a block.
     """
 
     grids: tuple[int, ...] = (1, 2, 3, 6, 12)

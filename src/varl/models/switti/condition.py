@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varl.models.text import load_text
+
 __all__ = ["CROP", "TextEncoders", "crop_values"]
 
 TOKENS = 77
@@ -56,17 +58,10 @@ class TextEncoders:
 
     def _load(self, device: torch.device) -> list[tuple[Any, Any]]:
         if not self._loaded:
-            try:
-                from transformers import CLIPTextModel, CLIPTokenizer
-            except ImportError as error:
-                raise ImportError(
-                    "Switti's text encoders need transformers; install varl[switti], or give precomputed features to "
-                    "condition_from"
-                ) from error
-            for folder in self.folders:
-                model = CLIPTextModel.from_pretrained(folder, local_files_only=True)
-                tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-                self._loaded.append((tokenizer, model.float().eval().requires_grad_(False)))
+            self._loaded = [
+                load_text(folder, "text encoder", "switti", "CLIPTokenizer", "CLIPTextModel", dtype=torch.float32)
+                for folder in self.folders
+            ]
         for _, model in self._loaded:
             model.to(device)
         return self._loaded

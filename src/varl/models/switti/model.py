@@ -244,6 +244,7 @@ class Transformer(nn.Module):
         checkpointing: recompute the blocks in the backward pass.
     """
 
+    undecayed = ("lvl_embed.weight", "pos_1LC")
     lora_targets: tuple[str, ...] = ("attn.to_qkv", "attn.proj", "cross_attn.to_q", "cross_attn.to_kv")
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor

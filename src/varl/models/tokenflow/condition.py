@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from varl.models.text import load_text
 from varl.models.tokenflow.config import TransformerConfig
 
 __all__ = ["PromptReader", "prompt_row"]
 
+START = 1
 OPEN = "<img>"
 
 
@@ -55,23 +57,16 @@ class PromptReader:
             if opening is None:
                 # Not a special token: pieces of ordinary text, as upstream's training had them.
                 opening = tuple(tokenizer(OPEN, add_special_tokens=False).input_ids)
-            self._rows[text] = prompt_row(tokenizer(text).input_ids, opening, self.config)
+            pieces = list(tokenizer(text).input_ids)
+            if pieces[:1] != [START]:
+                raise ValueError(
+                    f"{self.path} holds no tokenizer of Llama: texts begin with {pieces[:1]}, not <s>, [1]"
+                )
+            self._rows[text] = prompt_row(pieces, opening, self.config)
         return self._rows[text]
 
     def _load(self) -> Any:
         if self._tokenizer is None:
-            try:
-                from transformers import AutoTokenizer
-            except ImportError as error:
-                raise ImportError(
-                    "TokenFlow reads prompts with transformers, which is not installed: pip install 'varl[tokenflow]'"
-                ) from error
-            if not self.path.is_dir():
-                raise FileNotFoundError(f"no folder of a text tokenizer at {self.path}")
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(self.path), use_fast=False, local_files_only=True, trust_remote_code=False
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{self.path} holds no text tokenizer that transformers can read: {error}") from error
+            options = {"use_fast": False, "trust_remote_code": False}
+            self._tokenizer, _ = load_text(self.path, "text tokenizer", "tokenflow", "AutoTokenizer", **options)
         return self._tokenizer

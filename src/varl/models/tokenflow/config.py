@@ -38,8 +38,9 @@ class TransformerConfig:
         img_open_ids: pieces of ``<img>``; by default those of the text tokenizer.
         img_close_ids: pieces of ``</img>``, which only supervised training needs; taken and not used.
         cfg: upstream's guidance, used by ``generate`` unless told otherwise.
-        upstream_rounding: in bf16, round where upstream's model does once cast: the frequencies of the rotary embedding
-            and the scores of attention. Bit-equal and slow; without it frequencies stay fp32, and attention is fused.
+        upstream_rounding: once cast to bf16, round where upstream's model does: the frequencies of the rotary embedding
+            and the scores of attention, bit for bit. False keeps frequencies in fp32 and attention fused, which is
+            faster. It changes nothing in fp32, nor under autocast, which is how runs compute in bf16.
     """
 
     vocab_size: int = 64769
@@ -59,7 +60,7 @@ class TransformerConfig:
     img_open_ids: tuple[int, ...] | None = None
     img_close_ids: tuple[int, ...] | None = None
     cfg: float = 7.5
-    upstream_rounding: bool = False
+    upstream_rounding: bool = True
 
     def __post_init__(self) -> None:
         for name in ("img_open_ids", "img_close_ids"):

@@ -69,7 +69,7 @@ class Attention(nn.Module):
         super().__init__()
         c, self.width = config, config.head_width
         self.groups = c.num_attention_heads // c.key_heads
-        self.attend = _attend_rounding if c.upstream_rounding else _attend
+        self.rounding = c.upstream_rounding
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.width, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
@@ -87,7 +87,9 @@ class Attention(nn.Module):
             k, v = cache.write(layer, layout.start, k, v)
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        return self.o_proj(self.attend(q, k, v, layout).transpose(1, 2).flatten(2))
+        # Under autocast the rotary tables keep fp32, and nothing is rounded as in a model that was cast itself.
+        attend = _attend_rounding if self.rounding and torch.finfo(q.dtype).bits < 32 else _attend
+        return self.o_proj(attend(q, k, v, layout).transpose(1, 2).flatten(2))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -174,6 +176,7 @@ class Transformer(nn.Module):
     """
 
     checkpointing: bool = False
+    undecayed = ("model.embed_tokens.weight", "model.lvl_embed.weight", "model.pos_1LC", "lm_head.weight")
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: TransformerConfig, schedule: ScaleSchedule, code_width: int, codes: int) -> None:

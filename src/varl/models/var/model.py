@@ -117,6 +117,7 @@ class Transformer(nn.Module):
         checkpointing: recompute the blocks in the backward pass.
     """
 
+    undecayed = ("class_emb.weight", "lvl_embed.weight", "pos_1LC")
     lora_targets = ("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2")
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
