@@ -6,7 +6,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -69,7 +69,7 @@ def _read(hint: Any, value: Any) -> Any:
     if hint is bool and value in (0, 1):
         return bool(value)
     if (hint is int and isinstance(value, Integral)) or (hint is float and isinstance(value, Real)):
-        return hint(value)
+        return cast(Any, hint)(value)
     if not isinstance(value, hint):
         raise TypeError
     return value

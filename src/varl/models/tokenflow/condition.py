@@ -67,6 +67,6 @@ class PromptReader:
 
     def _load(self) -> Any:
         if self._tokenizer is None:
-            options = {"use_fast": False, "trust_remote_code": False}
+            options: dict[str, Any] = {"use_fast": False, "trust_remote_code": False}
             self._tokenizer, _ = load_text(self.path, "text tokenizer", "tokenflow", "AutoTokenizer", **options)
         return self._tokenizer
