@@ -13,6 +13,7 @@ from rich.text import Text
 
 from varl import commands
 from varl.errors import InputError, Interrupted, RunError, checking
+from varl.recipes import check_nulls, check_recipe, recipes_in
 
 __all__ = ["main"]
 
@@ -78,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser(name, command)
     try:
         with checking():
-            parsed = parser.instantiate(parser.parse_args(rest))
+            for path in recipes_in(rest):
+                check_recipe(path)
+            values = parser.parse_args(rest)
+            check_nulls(command.config, values.as_dict())
+            parsed = parser.instantiate(values)
             parsed.pop("config", None)
             config = command.config(**vars(parsed))
         return command.run(config) or 0
