@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,17 @@ from varl.models.inkling import Inkling, InklingConfig, save
 from varl.policy import Prompt
 from varl.rewards import RewardOutput
 
-TINY = InklingConfig(grids=(1, 2, 3, 6, 12), codes=32, coarse=8, fine=4, decoder=8, width=32, depth=2, heads=2)
+SHAPE = {
+    "grids": [1, 2, 3, 6, 12],
+    "codes": 32,
+    "coarse": 8,
+    "fine": 4,
+    "decoder": 8,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+}
+TINY = InklingConfig(**SHAPE)
 
 
 def tiny_weights(path: Path, config: InklingConfig = TINY) -> Path:
@@ -81,3 +92,15 @@ class Failing:
         if call in self.nans:
             output.score[0] = torch.nan
         return output
+
+
+def without_regions(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The scores of ``noisy`` alone."""
+    return noisy(images, prompts).score
+
+
+def slow(images: Tensor, prompts: Sequence[Prompt], marker: str, seconds: float) -> RewardOutput:
+    """``score``, after making a file and waiting."""
+    Path(marker).touch()
+    time.sleep(seconds)
+    return score(images, prompts)

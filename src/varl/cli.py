@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from varl import commands
-from varl.errors import InputError, checking
+from varl.errors import InputError, Interrupted, RunError, checking
+from varl.recipes import check_nulls, check_recipe, recipes_in
 
 __all__ = ["main"]
 
@@ -73,7 +74,11 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
                     f"{word} would replace all of policy.config.{deep[1]}: set it in the recipe, or give "
                     f"--policy.config.{deep[1]} as a whole, '{{...}}'"
                 )
-        parsed = parser.instantiate(parser.parse_args(words))
+        for path in recipes_in(words):
+            check_recipe(path)
+        values = parser.parse_args(words)
+        check_nulls(command.config, values.as_dict())
+        parsed = parser.instantiate(values)
         parsed.pop("config", None)
         return command.config(**vars(parsed))
 
@@ -93,7 +98,7 @@ def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input."""
+    """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -114,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
         return 2
+    except RunError as error:
+        console.print("[red]stopped:[/]", Text(str(error)), soft_wrap=True)
+        return 1
+    except Interrupted as stop:
+        console.print("stopped, with a checkpoint; the same command goes on from there")
+        return 128 + stop.signal
     except KeyboardInterrupt:
         console.print("stopped; train and pretrain go on from their last checkpoint when called again")
         return 130
