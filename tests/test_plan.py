@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from benchmarks.live import LiveStorage, saved_storages, storage_bytes
 from torch import nn
 
 import tiny_runs
 import varl.trainer
-from memory import LiveStorage, saved_storages, storage_bytes
 from small import make_prompts
 from varl import Prompt, load_policy
 from varl.adapters import adapter_parameters, add_adapters

@@ -1,0 +1,222 @@
+"""What ``python -m benchmarks`` counts and compares: operations, needs, the naive way; not seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import flops
+from benchmarks.__main__ import parse
+from benchmarks.bound import Arm, best, needs, needs_of
+from benchmarks.measure import Goal, Row, Settings, Spread
+from benchmarks.ocr import GAP, sheet
+from benchmarks.options import OPTIONS
+from benchmarks.scaling import exponent, straightness
+from benchmarks.shapes import Bench, Kind, Naive, Step, paper, sides, var_shaped
+from benchmarks.updates import cases, check
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny_runs
+from small import counting
+from varl import Prompt, Sampling, ScaleSchedule, load_policy, rollout
+from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
+
+VAR = {
+    "transformer": {"embed_dim": 64, "num_heads": 2, "depth": 3, "patch_nums": (1, 2, 3, 4), "mlp_ratio": 3.0},
+    "tokenizer": {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "vocab_size": 80, "z_channels": 16},
+}
+LINEAR = ("aten.mm", "aten.addmm")
+METHOD = MethodConfig(middle="grid:3", prompts=2, group=4, continuations=2)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Two prompts, groups of four, on a tiny Inkling with a reward that has regions."""
+    weights = tiny_runs.tiny_weights(tmp_path / "tiny.safetensors")
+    config = TrainConfig(
+        policy=PolicyConfig(weights=str(weights)),
+        reward="tiny_runs:score",
+        sampling=Sampling(guidance=2.0, top_k=8),
+        method=METHOD,
+        evaluation=EvaluationConfig(enabled=False),
+        run=RunConfig(micro_batch=3),
+    )
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    return Bench(config, Settings(threads=1), runs)
+
+
+def matrix_flop(counter: FlopCounterMode, kinds: tuple[str, ...]) -> int:
+    """The counted operations of some kinds of operators."""
+    return sum(count for operator, count in counter.get_flop_counts()["Global"].items() if str(operator) in kinds)
+
+
+@pytest.mark.parametrize("steps", [range(2), range(4), range(2, 4)])
+def test_forward_is_counted_exactly(steps: range):
+    policy = load_policy("var", VAR, "random")
+    condition = policy.condition([Prompt(label=0), Prompt(label=1)])
+    schedule, shape = condition.schedule, flops.Width.of(policy.trainable)
+    actions = torch.randint(80, (2, schedule.tokens))
+    state = rollout(policy, condition, until=steps.start, keep_state=True).state if steps.start else None
+    # Torch does not count its fused attention on a CPU; the plain one is two batched products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        policy.logits(policy.hidden(condition, actions, steps, state))
+    assert matrix_flop(counter, LINEAR) == 2 * flops.linear(shape, schedule, steps)
+    assert matrix_flop(counter, ("aten.bmm",)) == 2 * flops.attention(shape, schedule, steps)
+    assert flops.forward(shape, schedule, steps) == flops.linear(shape, schedule, steps) + flops.attention(
+        shape, schedule, steps
+    )
+
+
+def test_backward_costs_two_products_for_each_of_forward():
+    policy = load_policy("var", VAR, "random")
+    condition = policy.condition([Prompt(label=0)])
+    schedule, shape = condition.schedule, flops.Width.of(policy.trainable)
+    logits = policy.logits(policy.hidden(condition, torch.randint(80, (1, schedule.tokens)), range(4)))
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    # Input maps need no gradient: that one product is not there.
+    maps = 2 * (schedule.tokens - 1) * shape.code_width * shape.width
+    assert matrix_flop(counter, LINEAR) == 2 * flops.linear(shape, schedule, range(4)) - maps
+
+
+def test_an_updates_operations_are_its_needs():
+    schedule, shape = ScaleSchedule.square((1, 2, 4)), flops.Width(64, 2, 256, 100, 8)
+    parts = [flops.forward(shape, schedule, steps) for steps in (range(2), range(2, 3))]
+    counted = needs("prefix", prompts=1, group=3, continuations=2, prefix=5, suffix=16, guided=False, reference=True)
+    assert flops.update(shape, schedule, 2, counted) == pytest.approx(3 * parts[0] * (1 + 3 + 1) + 6 * parts[1])
+    counted = needs("suffix", prompts=2, group=3, continuations=2, prefix=5, suffix=16, guided=True, reference=False)
+    assert flops.update(shape, schedule, 2, counted) == pytest.approx(2 * parts[0] * (2 + 3) + 6 * parts[1] * (2 + 3))
+
+
+def test_needs_in_closed_form():
+    shape = {"prompts": 2, "group": 16, "continuations": 3, "prefix": 900, "suffix": 9184}
+    assert needs("prefix", **shape, guided=True, reference=True) == {
+        "draw prefix": 32 * 900 * 2,
+        "draw suffix": 96 * 9184 * 2,
+        "decode": 96,
+        "score": 96,
+        "train prefix": 32 * 900,
+        "reference prefix": 32 * 900,
+        "optimizer": 1,
+    }
+    assert needs("suffix", **shape, guided=False, reference=True) == {
+        "draw prefix": 2 * 900,
+        "draw suffix": 32 * 9184,
+        "decode": 32,
+        "score": 32,
+        "train prefix": 2 * 900,
+        "train suffix": 32 * 9184,
+        "reference prefix": 2 * 900,
+        "reference suffix": 32 * 9184,
+        "optimizer": 1,
+    }
+
+
+def test_the_library_draws_what_is_needed(bench: Bench):
+    policy = bench.trainer.policy
+    for kind in ("prefix", "suffix"):
+        counted = needs_of(bench, kind)
+        with counting(policy.transformer.blocks[0]) as drawn, torch.no_grad():
+            bench.trainer.learner.learn = lambda *_: {"loss": 0.0}  # type: ignore[method-assign]
+            bench.step(kind)
+        assert sum(drawn) == counted["draw prefix"] + counted["draw suffix"]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "suffix"])
+def test_the_naive_way_takes_the_same_step(bench: Bench, kind: Kind):
+    step = bench.step(kind)
+    assert abs(step.record["loss"]) > 1e-3
+    assert step.batch.mask_BL is not None
+    assert 0 < step.batch.mask_BL.mean() < 1
+    parameters = bench.trainer.learner.parameters
+    ours = [p.grad.clone() for p in parameters if p.grad is not None]
+    plain = bench.naive(kind, step.batch)
+    theirs = [p.grad for p in parameters if p.grad is not None]
+    assert plain.same_tokens == 1
+    assert plain.loss == pytest.approx(step.record["loss"], rel=1e-5)
+    assert plain.norm == pytest.approx(step.record["gradient_norm"], rel=1e-5)
+    scale = max(float(g.abs().max()) for g in theirs)
+    assert len(ours) == len(theirs)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * scale) for a, b in zip(ours, theirs, strict=True))
+    check(step, plain)
+
+
+def test_updates_can_be_repeated(bench: Bench):
+    first, again = bench.step("prefix"), bench.step("prefix")
+    assert torch.equal(first.batch.sequences.actions, again.batch.sequences.actions)
+    assert first.record["loss"] == again.record["loss"]
+
+
+@pytest.mark.parametrize(("name", "factor"), [("loss", 1.001), ("norm", 0.99), ("same_tokens", 0.5)])
+def test_a_difference_is_an_error(name: str, factor: float):
+    step = Step(1.0, {}, {"loss": 0.5, "gradient_norm": 2.0}, None)  # type: ignore[arg-type]  # nothing looks at it
+    same = Naive(torch.zeros(0), {}, 0.5, 2.0, 1.0)
+    check(step, same)
+    with pytest.raises(AssertionError):
+        check(step, replace(same, **{name: factor * getattr(same, name)}))
+
+
+def test_the_best_cost_is_the_least_over_batch_sizes():
+    arms = {f"draw x{rows}": Arm("draw", 10 * rows, lambda: None) for rows in (1, 2)} | {
+        "optimizer": Arm("optimizer", 1, lambda: None)
+    }
+    found = {"draw x1": [9.0, 1.0, 2.0], "draw x2": [3.0, 3.0, 1.0], "optimizer": [0.5]}
+    assert best(found, arms) == {"draw": 0.15, "optimizer": 0.5}
+
+
+def test_ratios_are_of_pairs_and_goals_of_their_median():
+    row = Row.speedup("", "", [1.0, 2.0, 4.0], [4.0, 6.0, 8.0], "", Goal(3.0))
+    assert row.ratio == Spread(3.0, 2.5, 3.5, 3)
+    assert row.record()["met"] is True
+    row = Row.share("", "", "MB", [1.0, 3.0], [2.0, 4.0], "", Goal(0.6, at_least=False))
+    assert (row.ratio.median, row.record()["met"]) == (0.625, False)
+
+
+def test_exponents_and_straight_lines():
+    x = [1, 2, 4, 8]
+    assert exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
+    assert straightness(x, [5 + 2 * v for v in x]) == pytest.approx(1)
+    assert straightness(x, [v**3 for v in x]) < 0.97
+
+
+def test_pictures_of_a_sheet_lie_where_they_are_looked_for():
+    images = torch.rand(3, 3, 8, 12)
+    paper_sheet = sheet(images, 2)
+    assert paper_sheet.shape == (3, 2 * (8 + GAP), 2 * (12 + GAP))
+    half = GAP // 2
+    for index, image in enumerate(images):
+        top, left = index // 2 * (8 + GAP) + half, index % 2 * (12 + GAP) + half
+        assert torch.equal(paper_sheet[:, top : top + 8, left : left + 12], image)
+
+
+def test_the_papers_schedules():
+    assert ScaleSchedule.square(sides(256)).tokens == 900
+    assert ScaleSchedule.square(sides(1024)).tokens == 10_084
+
+
+def test_options_change_the_recipe_they_are_measured_on():
+    for option in OPTIONS:
+        config = cases(Settings())[option.case].config
+        assert option.change(config) != config
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]):
+    settings, names, out = parse(["--full", "--only", "ocr", "--out", "x.json", "--seed", "3"])
+    assert (settings.full, settings.rounds, settings.seed, names, out) == (True, 5, 3, ["ocr"], Path("x.json"))
+    with pytest.raises(SystemExit):
+        parse(["--only", "everything"])
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--rounds", "0"])
+    assert "--rounds and --threads must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_var_shaped_run_measures(tmp_path: Path):
+    config = var_shaped(64, 64, 1, method=replace(METHOD, prompts=1), sampling=paper())
+    bench = Bench(config, Settings(threads=1), tmp_path, decoder=False)
+    step = bench.step("prefix")
+    check(step, bench.naive("prefix", step.batch))
