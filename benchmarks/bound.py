@@ -1,9 +1,9 @@
 """The least an update can cost: what the method needs, counted, times the best measured cost of each.
 
-An update needs tokens drawn (each twice with guidance: with and without the condition), trained (forward and backward)
-and scored by the reference, pictures decoded and scored, and one step of the optimizer. What a token costs depends on
-where it lies, since later tokens attend to more, so prefix and suffix are counted and measured apart. The best cost of a
-kind is the least over batch sizes, each measured alone, on the schedule, model and machine of the update.
+An update needs tokens drawn (each twice with guidance: with and without the condition), trained (forward, backward) and
+scored by the reference, pictures decoded and scored, and one step of the optimizer. What a token costs depends on where
+it lies, since later tokens attend to more, so prefix and suffix are counted and measured apart. The best cost of a kind
+is the least over batch sizes, each measured alone, on the schedule, model and machine of the update.
 """
 
 from __future__ import annotations
@@ -42,25 +42,27 @@ def needs(
     suffix: int,
     guided: bool,
     reference: bool,
+    reuses: bool = False,
 ) -> Needs:
     """What an update needs, by kind of cost: tokens, pictures, steps.
 
     Args:
         kind: of the update; a suffix update's group shares one prefix.
         prompts, group, continuations: P, G and K; K counts in prefix updates only.
-        prefix, suffix: tokens of one sequence before and from the middle step on.
+        prefix, suffix: tokens of one sequence before and from the middle step on, to where it is valued.
         guided: whether tokens are drawn with guidance.
         reference: whether there is a KL to a reference.
+        reuses: a suffix update trains the continuations of a prefix update, and draws nothing.
     """
-    heads = prompts if kind == "suffix" else prompts * group
-    tails = prompts * group * (continuations if kind == "prefix" else 1)
+    heads = prompts if kind == "suffix" and not reuses else prompts * group
+    tails = prompts * group * (continuations if kind == "prefix" or reuses else 1)
     # In a suffix update the prefix is computed once a group: its keys and values are needed, with gradient.
-    trained = {"prefix": heads * prefix, "suffix": 0 if kind == "prefix" else prompts * group * suffix}
+    trained = {"prefix": heads * prefix, "suffix": 0 if kind == "prefix" else tails * suffix}
     counts = {
-        "draw prefix": heads * prefix * (1 + guided),
-        "draw suffix": tails * suffix * (1 + guided),
-        "decode": tails,
-        "score": tails,
+        "draw prefix": heads * prefix * (1 + guided) * (not reuses),
+        "draw suffix": tails * suffix * (1 + guided) * (not reuses),
+        "decode": tails * (not reuses),
+        "score": tails * (not reuses),
         "train prefix": trained["prefix"],
         "train suffix": trained["suffix"],
         "reference prefix": trained["prefix"] * reference,
@@ -80,9 +82,10 @@ def needs_of(bench: Bench, kind: Kind) -> Needs:
         group=config.method.group,
         continuations=config.method.continuations,
         prefix=prefix,
-        suffix=schedule.tokens - prefix,
+        suffix=schedule.prefix_tokens(plan.until) - prefix,
         guided=config.sampling.guidance > 0,
         reference=bench.trainer.reference is not None,
+        reuses=plan.reuses,
     )
 
 
@@ -129,9 +132,9 @@ def _token_arms(bench: Bench, kind: Kind, finished: Tensor, rows: int) -> list[A
     rest = rows * schedule.tokens - tokens
     seed = row_generators((0,), rows)
 
-    def precise(work: Callable[[], object]) -> Callable[[], object]:
+    def precise(work: Callable[[], object], drawing: bool = False) -> Callable[[], object]:
         def run() -> None:
-            with trainer.precision():
+            with trainer.precision(drawing):
                 work()
 
         return run
@@ -148,12 +151,13 @@ def _token_arms(bench: Bench, kind: Kind, finished: Tensor, rows: int) -> list[A
         assert reference is not None
         log_probs(reference, condition, sequences, steps, prefix=shared if steps.start else None)
 
-    with trainer.precision():
+    with trainer.precision(drawing=True):
         start = draw(m)
-        shared = rollout(policy, condition.select([0]), None, until=m, keep_state=True).state
+    with torch.no_grad(), trainer.precision():
+        shared = policy.prefill(condition.select([0]), sequences[:1], m)
     found = [
-        Arm("draw prefix", tokens * (1 + guided), precise(lambda: draw(m))),
-        Arm("draw suffix", rest * (1 + guided), precise(lambda: draw(start=start))),
+        Arm("draw prefix", tokens * (1 + guided), precise(lambda: draw(m), True)),
+        Arm("draw suffix", rest * (1 + guided), precise(lambda: draw(start=start), True)),
         Arm("train prefix", tokens, precise(lambda: train(prefix))),
         Arm("train suffix", rest, precise(lambda: train(suffix))),
     ]

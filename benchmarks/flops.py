@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.bound import Needs
+from benchmarks.shapes import Bench, Kind
 from varl.schedule import ScaleSchedule
 
-__all__ = ["Width", "attention", "forward", "linear", "update"]
+__all__ = ["Width", "attention", "forward", "linear", "of", "update"]
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,9 @@ def update(shape: Width, schedule: ScaleSchedule, m: int, needs: Needs) -> float
             span = schedule.span(steps)
             total += factor[kind] * forward(shape, schedule, steps) * tokens / (span.stop - span.start)
     return total
+
+
+def of(bench: Bench, kind: Kind, needs: Needs) -> float:
+    """What a bench's update of a kind needs of its transformer."""
+    trainer = bench.trainer
+    return update(Width.of(trainer.policy.trainable), trainer.schedule, bench.plan(kind).branch_at, needs)

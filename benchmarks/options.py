@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from benchmarks import flops
+from benchmarks.bound import needs_of
 from benchmarks.measure import Row, Settings
 from benchmarks.shapes import Bench, Kind
 from benchmarks.updates import cases
@@ -24,26 +27,42 @@ class Option:
         kind: of the update that it speeds up.
         case: which of the cases of the section ``updates`` it is measured on.
         change: the recipe with the option.
+        without: the recipe to compare with; by default the case's own.
     """
 
     name: str
     kind: Kind
     case: int
     change: Callable[[TrainConfig], TrainConfig]
+    without: Callable[[TrainConfig], TrainConfig] = lambda config: config
 
 
-def _unguided(config: TrainConfig) -> TrainConfig:
-    return replace(config, sampling=replace(config.sampling, guidance=0.0))
+def _sampling(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda config: replace(config, sampling=replace(config.sampling, **changes))
 
 
-def _half(config: TrainConfig) -> TrainConfig:
-    return replace(config, policy=replace(config.policy, precision="bfloat16"))
+def _policy(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda config: replace(config, policy=replace(config.policy, **changes))
 
 
+def _method(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
+    return lambda config: replace(config, method=replace(config.method, **changes))
+
+
+def _as_many(config: TrainConfig) -> TrainConfig:
+    """A suffix group large enough to train as many sequences as are reused."""
+    return _method(group=config.method.group * config.method.continuations)(config)
+
+
+VAR, FINE = 1, 2
 OPTIONS = (
-    Option("rollouts without guidance", "prefix", 1, _unguided),
-    Option("rollouts without guidance", "suffix", 1, _unguided),
-    Option("bf16", "prefix", 1, _half),
+    Option("rollouts without guidance", "prefix", VAR, _sampling(guidance=0.0)),
+    Option("rollouts without guidance", "suffix", VAR, _sampling(guidance=0.0)),
+    Option("bf16 rollouts", "prefix", VAR, _policy(rollout_precision="bfloat16")),
+    Option("bf16 everywhere", "prefix", VAR, _policy(precision="bfloat16")),
+    Option("continuations reused, against as many drawn", "suffix", VAR, _method(suffix_state="reused"), _as_many),
+    Option("no gradient through the shared prefix", "suffix", VAR, _method(prefix_gradient=False)),
+    Option("prefix valued at 512 px", "prefix", FINE, _method(value_at="grid:32")),
 )
 
 
@@ -52,12 +71,15 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     found = []
     for option in OPTIONS:
         case = cases(settings)[option.case]
-        benches = [Bench(c, settings, folder, case.decoder) for c in (case.config, option.change(case.config))]
+        configs = (option.without(case.config), option.change(case.config))
+        benches = [Bench(config, settings, folder, case.decoder) for config in configs]
+        operations = [flops.of(bench, option.kind, needs_of(bench, option.kind)) for bench in benches]
         seconds: list[list[float]] = [[], []]
         for turn in range(1 + settings.rounds):
             for bench, kept in zip(benches, seconds, strict=True):
                 took = bench.step(option.kind).seconds
                 kept += [took] if turn else []  # the first one warms up
         group = f"{case.name}: {option.kind} update"
-        found.append(Row.speedup(group, option.name, seconds[1], seconds[0], "without / with"))
+        text = f"without / with; operations counted: {operations[0] / operations[1]:.2f}"
+        found.append(Row.speedup(group, option.name, seconds[1], seconds[0], text))
     return found

@@ -1,4 +1,4 @@
-"""What an update costs as K, m, the group and the picture grow: measured exponents, and those of the counted operations."""
+"""What an update costs as K, m, the group and the picture grow: exponents, measured and of the counted operations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import flops
-from benchmarks.bound import needs_of
+from benchmarks.bound import STAGES, needs_of
 from benchmarks.measure import Row, Settings, Spread
-from benchmarks.shapes import Bench, Kind, var_shaped
+from benchmarks.shapes import Bench, var_shaped
+from benchmarks.updates import stages
 from varl.config import MethodConfig, TrainConfig
 from varl.sampling import Sampling
 
@@ -97,18 +98,14 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
 
 
 def _operations(bench: Bench, stage: str) -> float:
-    kind: Kind = "prefix"
-    counted = needs_of(bench, kind)
+    counted = needs_of(bench, "prefix")
     if stage == "update":
-        counted = {name: units for name, units in counted.items() if name.startswith(("train", "reference"))}
-    trainer = bench.trainer
-    shape = flops.Width.of(trainer.policy.trainable)
-    return flops.update(shape, trainer.schedule, bench.plan(kind).branch_at, counted)
+        counted = {name: units for name, units in counted.items() if name in STAGES["update"]}
+    return flops.of(bench, "prefix", counted)
 
 
 def _seconds(bench: Bench, stage: str) -> float:
-    step = bench.step("prefix")
-    return step.seconds if stage == "whole" else step.stages["logp"] + step.stages["backward"]
+    return stages(bench.step("prefix"))[stage]
 
 
 def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]]) -> None:

@@ -27,7 +27,7 @@ from varl.learner import Batch
 from varl.models.var.model import initialise
 from varl.policy import Prompt
 from varl.sampling import Sampling
-from varl.trainer import Trainer
+from varl.trainer import Sampled, Trainer
 
 __all__ = ["SIDES", "Bench", "Naive", "Step", "brightness", "inkling", "paper", "sides", "var_shaped"]
 
@@ -156,6 +156,7 @@ class Bench:
                     own.copy_(other + 0.3 * other.std(correction=0) * torch.randn_like(other))
         self.naive_optimizer = torch.optim.AdamW(self.trainer.learner.parameters, lr=NO_STEP)
         self._start = self.trainer.stream.state_dict()
+        self._kept: Sampled | None = None
 
     def plan(self, kind: Kind) -> updates.Plan:
         """The plan of an update of a kind."""
@@ -167,8 +168,13 @@ class Bench:
         return [prompt for _, prompt in self.trainer.stream.next(self.trainer.config.method.prompts)]
 
     def step(self, kind: Kind) -> Step:
-        """Take the update with the library."""
+        """Take the update with the library; one that reuses sequences, those of the prefix update before it."""
         trainer, seen = self.trainer, []
+        if self.plan(kind).reuses:
+            if self._kept is None:
+                self.step("prefix")
+                self._kept = trainer.kept
+            trainer.kept = self._kept
         trainer.stream.load_state_dict(self._start)
         trainer.update = 0 if kind == "prefix" else 1
         learn = trainer.learner.learn
@@ -195,10 +201,10 @@ class Bench:
         config, policy = trainer.config, trainer.policy
         prompts = self.prompts()
         condition = policy.condition(prompts, trainer.schedule).repeat(plan.pictures)
-        with clock.stage("rollout"), trainer.precision():
+        with clock.stage("rollout"), trainer.precision(drawing=True):
             seed = (config.run.seed, 0 if kind == "prefix" else 1)
             drawn = naive.draw_from_scratch(policy, condition, plan, config.sampling, seed)
-        with clock.stage("decode"), trainer.precision():
+        with clock.stage("decode"), trainer.precision(drawing=True):
             parts = [policy.decode(part, trainer.schedule) for part in drawn.split(config.run.micro_batch)]
             images = torch.cat([part.float().cpu() for part in parts])
         with clock.stage("reward"):
@@ -210,9 +216,9 @@ class Bench:
         return Naive(drawn, clock.seconds, loss, norm, same)
 
     def learn(self, batch: Batch) -> None:
-        """The library's gradient step alone."""
+        """The library's gradient step alone, the reference's pass included."""
         with self.trainer.precision():
-            self.trainer.learner.learn(batch, self.trainer.stage)
+            self.trainer.learner.learn(replace(batch, reference_logp_BL=None), self.trainer.stage)
 
     def naive_learn(
         self, kind: Kind, batch: Batch, finished: Tensor, clock: naive.Clock | None = None

@@ -13,7 +13,7 @@ from benchmarks.shapes import Bench, Kind, Naive, Step, inkling, paper, var_shap
 from varl.config import MethodConfig, TrainConfig
 from varl.sampling import Sampling
 
-__all__ = ["TITLE", "Case", "cases", "rows"]
+__all__ = ["TITLE", "Case", "cases", "rows", "stages"]
 
 TITLE = "updates: the library against the naive way (baseline / ours), and its bound (bound / ours)"
 AGREE = 1e-4
@@ -95,7 +95,7 @@ def _kind_rows(case: Case, bench: Bench, kind: Kind, settings: Settings) -> list
     alone: dict[str, list[float]] = defaultdict(list)
     for turn in range(settings.rounds):
         step, plain = bench.step(kind), bench.naive(kind, first.batch)
-        for name, seconds in _stages(step).items():
+        for name, seconds in stages(step).items():
             ours[name].append(seconds)
         for name, seconds in {"whole": sum(plain.seconds.values()), **plain.seconds}.items():
             naive[name].append(seconds)
@@ -141,7 +141,7 @@ def check(step: Step, plain: Naive) -> None:
         raise AssertionError(f"only {plain.same_tokens:.1%} of the trained tokens are drawn alike by the naive way")
 
 
-def _stages(step: Step) -> dict[str, float]:
+def stages(step: Step) -> dict[str, float]:
     """Seconds of the stages that the naive way has too, and of the whole update."""
     s = step.stages
     return {
@@ -149,7 +149,7 @@ def _stages(step: Step) -> dict[str, float]:
         "rollout": s["rollout"],
         "decode": s["decode"],
         "reward": s["reward"],
-        "update": s["logp"] + s["backward"],
+        "update": s["logp"] + s["backward"] + s.get("reference", 0.0),
         "optimizer": s["optimizer"],
     }
 
