@@ -144,8 +144,8 @@ def in_turn(arms: Mapping[str, Callable[[], object]], settings: Settings, warm: 
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(warm + settings.rounds):
+        gc.collect()
         for name, work in arms.items():
-            gc.collect()
             took = timed(work, settings.device)
             if turn >= warm:
                 seconds[name].append(took)

@@ -11,7 +11,7 @@ from benchmarks import flops
 from benchmarks.bound import needs_of
 from benchmarks.measure import Row, Settings
 from benchmarks.shapes import Bench, Kind
-from benchmarks.updates import cases
+from benchmarks.updates import Case, cases
 from varl.config import TrainConfig
 
 __all__ = ["OPTIONS", "TITLE", "Option", "rows"]
@@ -66,20 +66,40 @@ OPTIONS = (
 )
 
 
+@dataclass
+class _Arm:
+    """A recipe under one kind of update, which several options may be compared with."""
+
+    config: TrainConfig
+    kind: Kind
+    bench: Bench
+    seconds: list[float]
+
+
 def rows(settings: Settings, folder: Path) -> list[Row]:
-    """Every option against the recipe without it, in turn."""
-    found = []
+    """Every option against the recipe without it, all in turn."""
+    made: list[_Arm] = []
+
+    def arm(case: Case, config: TrainConfig, kind: Kind) -> _Arm:
+        for other in made:
+            if (other.config, other.kind) == (config, kind):
+                return other
+        made.append(_Arm(config, kind, Bench(config, settings, folder, case.decoder), []))
+        return made[-1]
+
+    every, pairs = cases(settings), []
     for option in OPTIONS:
-        case = cases(settings)[option.case]
+        case = every[option.case]
         configs = (option.without(case.config), option.change(case.config))
-        benches = [Bench(config, settings, folder, case.decoder) for config in configs]
-        operations = [flops.of(bench, option.kind, needs_of(bench, option.kind)) for bench in benches]
-        seconds: list[list[float]] = [[], []]
-        for turn in range(1 + settings.rounds):
-            for bench, kept in zip(benches, seconds, strict=True):
-                took = bench.step(option.kind).seconds
-                kept += [took] if turn else []  # the first one warms up
-        group = f"{case.name}: {option.kind} update"
+        pairs.append([arm(case, config, option.kind) for config in configs])
+    for turn in range(1 + settings.rounds):
+        for one in made:
+            took = one.bench.step(one.kind).seconds
+            one.seconds += [took] if turn else []  # the first one warms up
+    found = []
+    for option, (without, own) in zip(OPTIONS, pairs, strict=True):
+        operations = [flops.of(a.bench, a.kind, needs_of(a.bench, a.kind)) for a in (without, own)]
         text = f"without / with; operations counted: {operations[0] / operations[1]:.2f}"
-        found.append(Row.speedup(group, option.name, seconds[1], seconds[0], text))
+        group = f"{every[option.case].name}: {option.kind} update"
+        found.append(Row.speedup(group, option.name, own.seconds, without.seconds, text))
     return found

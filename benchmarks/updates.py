@@ -94,6 +94,7 @@ def _kind_rows(case: Case, bench: Bench, kind: Kind, settings: Settings) -> list
     costs = arms(bench, kind, plain.finished, case.sizes)
     alone: dict[str, list[float]] = defaultdict(list)
     for turn in range(settings.rounds):
+        gc.collect()
         step, plain = bench.step(kind), bench.naive(kind, first.batch)
         for name, seconds in stages(step).items():
             ours[name].append(seconds)
@@ -102,7 +103,6 @@ def _kind_rows(case: Case, bench: Bench, kind: Kind, settings: Settings) -> list
         for name, arm in costs.items():
             if turn == 0:
                 arm.work()
-            gc.collect()
             alone[name].append(timed(arm.work, settings.device))
     group = f"{case.name}: {kind} update"
     counted, unit = needs_of(bench, kind), best(alone, costs)

@@ -13,9 +13,10 @@ from benchmarks.bound import Arm, best, needs, needs_of
 from benchmarks.measure import Goal, Row, Settings, Spread
 from benchmarks.ocr import GAP, sheet
 from benchmarks.options import OPTIONS
+from benchmarks.peaks import peak
 from benchmarks.scaling import exponent, straightness
 from benchmarks.shapes import Bench, Kind, Naive, Step, paper, sides, var_shaped
-from benchmarks.updates import cases, check
+from benchmarks.updates import Case, case_rows, cases, check
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +117,17 @@ def test_needs_in_closed_form():
     }
 
 
+def test_reused_sequences_need_no_drawing():
+    shape = {"prompts": 2, "group": 4, "continuations": 3, "prefix": 5, "suffix": 16}
+    assert needs("suffix", **shape, guided=True, reference=True, reuses=True) == {
+        "train prefix": 8 * 5,
+        "train suffix": 24 * 16,
+        "reference prefix": 8 * 5,
+        "reference suffix": 24 * 16,
+        "optimizer": 1,
+    }
+
+
 def test_the_library_draws_what_is_needed(bench: Bench):
     policy = bench.trainer.policy
     for kind in ("prefix", "suffix"):
@@ -145,6 +157,34 @@ def test_the_naive_way_takes_the_same_step(bench: Bench, kind: Kind):
     check(step, plain)
 
 
+def test_every_stage_has_a_row_and_the_whole_a_goal(bench: Bench, tmp_path: Path):
+    config = replace(bench.trainer.config, method=METHOD)
+    folder = tmp_path / "more"
+    folder.mkdir()
+    found = case_rows(Case("tiny", config, (1, 2), goal=3.5), Settings(threads=1, rounds=1), folder)
+    groups = {row.group: [r for r in found if r.group == row.group] for row in found}
+    assert list(groups) == ["tiny: prefix update", "tiny: suffix update"]
+    stages = ["rollout", "decode", "reward", "update", "optimizer"]
+    for group, rows in groups.items():
+        naive, bounds = rows[:6], rows[6:]
+        assert sorted(r.what for r in naive) == sorted(["whole", *stages])
+        assert [r.what for r in bounds] == [f"{r.what}, of its bound" for r in naive]
+        whole = next(r for r in bounds if r.what.startswith("whole"))
+        assert whole.baseline.median == pytest.approx(sum(r.baseline.median for r in bounds if r is not whole))
+        goals = {r.what: r.goal for r in rows if r.goal}
+        prefix = {"update": Goal(3.5)} if "prefix" in group else {}
+        assert goals == {"whole, of its bound": Goal(0.85), **prefix}
+
+
+def test_a_peak_is_what_is_alive_at_once():
+    def work() -> None:
+        torch.zeros(1000, 250)
+        kept = torch.zeros(1000, 500)
+        (kept + 1).sum()
+
+    assert peak(work) == pytest.approx(4_000_000, abs=100)
+
+
 def test_updates_can_be_repeated(bench: Bench):
     first, again = bench.step("prefix"), bench.step("prefix")
     assert torch.equal(first.batch.sequences.actions, again.batch.sequences.actions)
@@ -161,10 +201,10 @@ def test_a_difference_is_an_error(name: str, factor: float):
 
 
 def test_the_best_cost_is_the_least_over_batch_sizes():
-    arms = {f"draw x{rows}": Arm("draw", 10 * rows, lambda: None) for rows in (1, 2)} | {
+    arms = {f"draw x{rows}": Arm("draw", 10 * rows, lambda: None) for rows in (1, 2, 4)} | {
         "optimizer": Arm("optimizer", 1, lambda: None)
     }
-    found = {"draw x1": [9.0, 1.0, 2.0], "draw x2": [3.0, 3.0, 1.0], "optimizer": [0.5]}
+    found = {"draw x1": [9.0, 1.0, 2.0], "draw x2": [3.0, 3.0, 1.0], "draw x4": [8.0], "optimizer": [0.5]}
     assert best(found, arms) == {"draw": 0.15, "optimizer": 0.5}
 
 
