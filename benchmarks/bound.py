@@ -173,10 +173,11 @@ def _picture_arms(bench: Bench, finished: Tensor, sizes: tuple[int, ...]) -> dic
     images = torch.cat([policy.decode(part, schedule).float().cpu() for part in finished.split(max(sizes))])
     prompts = bench.prompts()
     shown = [prompts[row * len(prompts) // len(finished)] for row in range(len(finished))]
-    found = {
-        f"decode x{rows}": Arm("decode", rows, lambda part=finished[:rows]: policy.decode(part, schedule))
-        for rows in sizes
-    }
+
+    def decode(rows: int) -> Callable[[], object]:
+        return lambda: policy.decode(finished[:rows], schedule)
+
+    found = {f"decode x{rows}": Arm("decode", rows, decode(rows)) for rows in sizes}
     # All pictures at any size: what a picture costs to read depends on what is in it.
     return {**found, f"score x{len(finished)}": Arm("score", len(finished), lambda: trainer.reward(images, shown))}
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import flops
 from benchmarks.measure import Goal, Row, Settings, in_turn, product
-from benchmarks.shapes import Bench, paper, var_shaped
+from benchmarks.shapes import Bench, Precision, paper, var_shaped
 from varl.config import MethodConfig
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
@@ -24,7 +24,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     on_gpu = settings.device != "cpu"
     depth, count = (4, 8) if settings.full else (2, 4)
     method = MethodConfig(middle="grid:8", prompts=1)
-    precision = "bfloat16" if on_gpu else "float32"
+    precision: Precision = "bfloat16" if on_gpu else "float32"
     config = var_shaped(256, 1024, depth, method=method, sampling=Sampling(), precision=precision)
     trainer = Bench(config, settings, folder).trainer
     policy, schedule = trainer.policy, trainer.schedule

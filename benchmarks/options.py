@@ -28,6 +28,7 @@ class Option:
         case: which of the cases of the section ``updates`` it is measured on.
         change: the recipe with the option.
         without: the recipe to compare with; by default the case's own.
+        slow: compiles for minutes first, so only a full run has it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Option:
     case: int
     change: Callable[[TrainConfig], TrainConfig]
     without: Callable[[TrainConfig], TrainConfig] = lambda config: config
+    slow: bool = False
 
 
 def _sampling(**changes: Any) -> Callable[[TrainConfig], TrainConfig]:
@@ -62,6 +64,7 @@ OPTIONS = (
     Option("bf16 everywhere", "prefix", VAR, _policy(precision="bfloat16")),
     Option("continuations reused, against as many drawn", "suffix", VAR, _method(suffix_state="reused"), _as_many),
     Option("no gradient through the shared prefix", "suffix", VAR, _method(prefix_gradient=False)),
+    Option("compiled blocks", "prefix", VAR, _policy(compile=True), slow=True),
     Option("prefix valued at 512 px", "prefix", FINE, _method(value_at="grid:32")),
 )
 
@@ -88,7 +91,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         return made[-1]
 
     every, pairs = cases(settings), []
-    for option in OPTIONS:
+    options = [option for option in OPTIONS if settings.full or not option.slow]
+    for option in options:
         case = every[option.case]
         configs = (option.without(case.config), option.change(case.config))
         pairs.append([arm(case, config, option.kind) for config in configs])
@@ -97,7 +101,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
             took = one.bench.step(one.kind).seconds
             one.seconds += [took] if turn else []  # the first one warms up
     found = []
-    for option, (without, own) in zip(OPTIONS, pairs, strict=True):
+    for option, (without, own) in zip(options, pairs, strict=True):
         operations = [flops.of(a.bench, a.kind, needs_of(a.bench, a.kind)) for a in (without, own)]
         text = f"without / with; operations counted: {operations[0] / operations[1]:.2f}"
         group = f"{every[option.case].name}: {option.kind} update"

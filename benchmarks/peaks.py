@@ -38,7 +38,7 @@ def _kind_rows(bench: Bench, kind: Kind, group: str, device: str) -> list[Row]:
     naive_whole = peak(lambda: plain.append(bench.naive(kind, batch)), device)
     learning = peak(lambda: bench.learn(batch), device)
     naive_learning = peak(lambda: bench.naive_learn(kind, batch, plain[0].finished), device)
-    rows = min(trainer.config.run.micro_batch, len(batch.sequences))
+    rows = min(trainer.learner.micro_batch, len(batch.sequences))
     logits = 4 * rows * trainer.schedule.tokens * trainer.policy.classes
     goal = Goal(0.5, at_least=False) if trainer.schedule.grids[-1][0] == SIDES[-1] else None
     text = f"ours / fp32 logits of all tokens, {rows} rows"

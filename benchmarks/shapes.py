@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks import naive
 from benchmarks.measure import Settings
+from benchmarks.naive import Clock, draw_from_scratch
+from benchmarks.naive import learn as learn_naively
 from varl import updates
 from varl.config import (
     EvaluationConfig,
@@ -29,7 +30,7 @@ from varl.policy import Prompt
 from varl.sampling import Sampling
 from varl.trainer import Sampled, Trainer
 
-__all__ = ["SIDES", "Bench", "Naive", "Step", "brightness", "inkling", "paper", "sides", "var_shaped"]
+__all__ = ["SIDES", "Bench", "Naive", "Precision", "Step", "brightness", "inkling", "paper", "sides", "var_shaped"]
 
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 """The grids of the paper's Table 6, for 1024 pixels; smaller pictures end earlier."""
@@ -37,6 +38,7 @@ NO_STEP = 1e-12
 """A learning rate that moves no weight, so that every round measures the same update."""
 
 Kind = Literal["prefix", "suffix", "full"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def sides(pixels: int) -> tuple[int, ...]:
@@ -63,7 +65,7 @@ def var_shaped(
     method: MethodConfig,
     sampling: Sampling,
     micro_batch: int = 4,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> TrainConfig:
     """A run of VAR at the paper's grids: heads of 64, vocabulary 4096, random weights, a small tokenizer."""
     transformer = {"embed_dim": width, "num_heads": width // 64, "depth": depth, "patch_nums": sides(pixels)}
@@ -197,15 +199,15 @@ class Bench:
 
         What it draws itself is compared with those: rounding flips a draw now and then.
         """
-        trainer, plan, clock = self.trainer, self.plan(kind), naive.Clock(self.settings.device)
+        trainer, plan, clock = self.trainer, self.plan(kind), Clock(self.settings.device)
         config, policy = trainer.config, trainer.policy
         prompts = self.prompts()
         condition = policy.condition(prompts, trainer.schedule).repeat(plan.pictures)
         with clock.stage("rollout"), trainer.precision(drawing=True):
             seed = (config.run.seed, 0 if kind == "prefix" else 1)
-            drawn = naive.draw_from_scratch(policy, condition, plan, config.sampling, seed)
+            drawn = draw_from_scratch(policy, condition, plan, config.sampling, seed)
         with clock.stage("decode"), trainer.precision(drawing=True):
-            parts = [policy.decode(part, trainer.schedule) for part in drawn.split(config.run.micro_batch)]
+            parts = [policy.decode(part, trainer.schedule) for part in drawn.split(self.trainer.learner.micro_batch)]
             images = torch.cat([part.float().cpu() for part in parts])
         with clock.stage("reward"):
             trainer.reward(images, [prompt for prompt in prompts for _ in range(plan.pictures)])
@@ -221,7 +223,7 @@ class Bench:
             self.trainer.learner.learn(replace(batch, reference_logp_BL=None), self.trainer.stage)
 
     def naive_learn(
-        self, kind: Kind, batch: Batch, finished: Tensor, clock: naive.Clock | None = None
+        self, kind: Kind, batch: Batch, finished: Tensor, clock: Clock | None = None
     ) -> tuple[float, float]:
         """The naive gradient step alone: loss and gradient norm.
 
@@ -233,7 +235,7 @@ class Bench:
         actions = torch.cat([known, finished[:: plan.continuations, known.shape[1] :]], 1)
         condition = policy.condition(self.prompts(), self.trainer.schedule).repeat(plan.group)
         with self.trainer.precision():
-            return naive.learn(
+            return learn_naively(
                 policy, self.trainer.reference, condition, actions, batch, config.method,
-                self.naive_optimizer, config.run.micro_batch, clock or naive.Clock(self.settings.device),
+                self.naive_optimizer, self.trainer.learner.micro_batch, clock or Clock(self.settings.device),
             )  # fmt: skip

@@ -41,13 +41,15 @@ class Case:
 
 def cases(settings: Settings) -> list[Case]:
     """Inkling with OCR; VAR's width at 256 pixels; 1024 pixels with a small width."""
+    method = MethodConfig(prompts=1, group=4, continuations=2)
+    depth, width = 1, 64
+    sizes: tuple[int, ...] = (2, 4)
+    fine_sizes: tuple[int, ...] = (1, 2)
+    few, sampling = replace(method, group=2), Sampling()
     if settings.full:
-        method, depth, sizes = MethodConfig(prompts=2, group=8, continuations=2), 4, (4, 8, 16)
-        fine = (replace(method, prompts=1, group=4), paper(), 256, (1, 2, 4))
-    else:
-        method, depth, sizes = MethodConfig(prompts=1, group=4, continuations=2), 1, (2, 4)
-        fine = (replace(method, group=2), Sampling(), 64, (1, 2))
-    few, sampling, width, fine_sizes = fine
+        method = replace(method, prompts=2, group=8)
+        depth, width, sizes, fine_sizes = 4, 256, (4, 8, 16), (1, 2, 4)
+        few, sampling = replace(method, prompts=1, group=4), paper()
     at_8, at_16 = replace(method, middle="grid:8"), replace(few, middle="grid:16")
     return [
         Case("Inkling with OCR", inkling(2, settings.threads), (16, 32)),
