@@ -43,6 +43,7 @@ def needs(
     guided: bool,
     reference: bool,
     reuses: bool = False,
+    prefix_gradient: bool = True,
 ) -> Needs:
     """What an update needs, by kind of cost: tokens, pictures, steps.
 
@@ -53,6 +54,7 @@ def needs(
         guided: whether tokens are drawn with guidance.
         reference: whether there is a KL to a reference.
         reuses: a suffix update trains the continuations of a prefix update, and draws nothing.
+        prefix_gradient: if not, a suffix update only runs the prefix forward, which costs what the reference does.
     """
     heads = prompts if kind == "suffix" and not reuses else prompts * group
     tails = prompts * group * (continuations if kind == "prefix" or reuses else 1)
@@ -63,9 +65,9 @@ def needs(
         "draw suffix": tails * suffix * (1 + guided) * (not reuses),
         "decode": tails * (not reuses),
         "score": tails * (not reuses),
-        "train prefix": trained["prefix"],
+        "train prefix": trained["prefix"] * prefix_gradient,
         "train suffix": trained["suffix"],
-        "reference prefix": trained["prefix"] * reference,
+        "reference prefix": trained["prefix"] * (reference + (not prefix_gradient)),
         "reference suffix": trained["suffix"] * reference,
         "optimizer": 1,
     }
@@ -86,6 +88,7 @@ def needs_of(bench: Bench, kind: Kind) -> Needs:
         guided=config.sampling.guidance > 0,
         reference=bench.trainer.reference is not None,
         reuses=plan.reuses,
+        prefix_gradient=config.method.prefix_gradient or kind == "prefix",
     )
 
 

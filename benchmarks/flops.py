@@ -8,6 +8,7 @@ reads from memory is not counted: these are the operations that the method asks 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.bound import Needs
 from benchmarks.shapes import Bench, Kind
@@ -27,12 +28,12 @@ class Width:
     code_width: int
 
     @classmethod
-    def of(cls, transformer: object) -> Width:
+    def of(cls, transformer: Any) -> Width:
         """Of a VAR transformer."""
-        config = transformer.config  # type: ignore[attr-defined]
-        hidden = round(config.width * config.mlp_ratio)
-        codes, code_width = transformer.head.out_features, transformer.word_embed.in_features  # type: ignore[attr-defined]
-        return cls(config.width, config.depth, hidden, codes, code_width)
+        enter, hidden = transformer.word_embed, transformer.blocks[0].ffn.fc1.out_features
+        return cls(
+            enter.out_features, len(transformer.blocks), hidden, transformer.head.out_features, enter.in_features
+        )
 
 
 def linear(shape: Width, schedule: ScaleSchedule, steps: range) -> float:

@@ -59,12 +59,12 @@ def _as_many(config: TrainConfig) -> TrainConfig:
 VAR, FINE = 1, 2
 OPTIONS = (
     Option("rollouts without guidance", "prefix", VAR, _sampling(guidance=0.0)),
-    Option("rollouts without guidance", "suffix", VAR, _sampling(guidance=0.0)),
     Option("bf16 rollouts", "prefix", VAR, _policy(rollout_precision="bfloat16")),
     Option("bf16 everywhere", "prefix", VAR, _policy(precision="bfloat16")),
-    Option("continuations reused, against as many drawn", "suffix", VAR, _method(suffix_state="reused"), _as_many),
-    Option("no gradient through the shared prefix", "suffix", VAR, _method(prefix_gradient=False)),
     Option("compiled blocks", "prefix", VAR, _policy(compile=True), slow=True),
+    Option("rollouts without guidance", "suffix", VAR, _sampling(guidance=0.0)),
+    Option("no gradient through the shared prefix", "suffix", VAR, _method(prefix_gradient=False)),
+    Option("continuations reused, against as many drawn", "suffix", VAR, _method(suffix_state="reused"), _as_many),
     Option("prefix valued at 512 px", "prefix", FINE, _method(value_at="grid:32")),
 )
 

@@ -128,6 +128,13 @@ def test_reused_sequences_need_no_drawing():
     }
 
 
+def test_a_prefix_without_gradient_is_run_forward_only():
+    shape = {"prompts": 2, "group": 4, "continuations": 3, "prefix": 5, "suffix": 16, "guided": False}
+    found = needs("suffix", **shape, reference=True, prefix_gradient=False)
+    assert "train prefix" not in found
+    assert (found["reference prefix"], found["train suffix"]) == (2 * 2 * 5, 8 * 16)
+
+
 def test_the_library_draws_what_is_needed(bench: Bench):
     policy = bench.trainer.policy
     for kind in ("prefix", "suffix"):
