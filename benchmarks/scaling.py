@@ -121,7 +121,12 @@ def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]]) -> None:
         low, middle, high = np.quantile(rounds, (0.25, 0.5, 0.75), axis=0)
         axis.errorbar(sweep.values, middle, (middle - low, high - middle), fmt="o", label="measured")
         axis.plot(sweep.values, line, "-", label="a + b x counted operations")
-        axis.set(xscale="log", yscale="log", xlabel=sweep.name, title=f"prefix update, {sweep.stage}")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=sweep.name,
+            title="prefix update" if sweep.stage == "whole" else "update stage of it",
+        )
         axis.set_xticks(sweep.values, [str(value) for value in sweep.values])
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")

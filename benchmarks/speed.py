@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import SIDE, Goal, Row, Settings, Spread, product, timed
+from benchmarks.measure import SIDE, Row, Settings, Spread, product, timed
 from varl import Prompt, Sampling, load_policy, log_probs, rollout
 
 __all__ = ["TITLE", "rows"]
@@ -41,19 +41,18 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         policy.trainable.zero_grad()
 
     work = {"picture (batch of 4)": (picture, 4), "training pass (batch of 2)": (training, 1)}
-    found: dict[str, list[float]] = {name: [] for name in work}
-    products = []
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     timed(multiply, settings.device)
     for _ in range(settings.rounds):
         for name, (call, share) in work.items():
-            products.append(timed(multiply, settings.device))
-            found[name].append(timed(call, settings.device) / share / products[-1])
-    speed = operations / Spread.of(products).median / 1e9
-    group = f"VAR d16, 256 px, this machine's product {speed:,.0f} GFLOP/s, upstream's 255"
-    return [
-        Row(
-            group, name, "products", Spread.of(values), Spread.exact(UPSTREAM[name] / UPSTREAM_PRODUCT),
-            Spread.of(values).over(UPSTREAM[name] / UPSTREAM_PRODUCT), "ours / upstream", Goal(1.0, at_least=False),
-        )
-        for name, values in found.items()
-    ]  # fmt: skip
+            one = timed(multiply, settings.device)
+            found[name].append((timed(call, settings.device) / share, one))
+    return [_row(name, pairs, operations) for name, pairs in found.items()]
+
+
+def _row(name: str, pairs: list[tuple[float, float]], operations: float) -> Row:
+    own = Spread.of([seconds / one for seconds, one in pairs])
+    upstream = UPSTREAM[name] / UPSTREAM_PRODUCT
+    seconds, one = (Spread.of(values).median for values in zip(*pairs, strict=True))
+    text = f"ours / upstream; {seconds:.2f} s, product {operations / one / 1e9:,.0f} GFLOP/s"
+    return Row("VAR d16, 256 px, fp32", name, "products", own, Spread.exact(upstream), own.over(upstream), text)
