@@ -1,6 +1,5 @@
 """The learner's bookkeeping: steps that are skipped, rates, epochs, its log and its state."""
 
-import copy
 import math
 
 import pytest
@@ -14,6 +13,7 @@ from varl import Sampling, log_probs, rollout
 from varl.config import MethodConfig
 from varl.learner import Batch
 from varl.rollout import row_generators
+from varl.run.state import new_moments, stored_moments
 
 
 def weights(policy: nn.Module) -> list[Tensor]:
@@ -190,7 +190,10 @@ def test_the_state_resumes() -> None:
     two = Bits()
     two.load_state_dict(one.state_dict())
     second = learner(two, MethodConfig(beta=0), warmup_updates=5)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.steps_taken = first.steps_taken
+    stored = stored_moments(one.named_parameters(), first.optimizer)
+    for name, value in new_moments(two.named_parameters(), second.optimizer, stored).items():
+        value.copy_(stored[name])
     for own in (first, second):
         own.learn(made, stage)
     assert same(weights(one), weights(two))

@@ -26,6 +26,7 @@ from varl.evaluation import held_out
 from varl.models import load_policy
 from varl.policy import Condition, Policy
 from varl.run.metrics import read_metrics
+from varl.run.state import collected
 from varl.sampling import Sampling
 from varl.trainer import Trainer
 
@@ -97,15 +98,12 @@ def run_until(trainer: Trainer, update: int) -> None:
 
 @pytest.mark.parametrize(("kind", "killed_at"), [("alternate", 5), ("full", 4), ("prefix", 2), ("suffix", 4)])
 def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path, kind: str, killed_at: int) -> None:
-    torch.manual_seed(0)
     whole = Trainer(make_config(weights, tmp_path / "whole", update=kind))
     whole.run()
 
-    torch.manual_seed(0)
     run_until(Trainer(make_config(weights, tmp_path / "killed", update=kind)), killed_at)
     assert [line["update"] for line in metrics(tmp_path / "killed")] == list(range(1, killed_at + 1))
-    # A checkpoint brings back the global generator that the reward draws from; a run from the start does not.
-    torch.manual_seed(1 if killed_at > 3 else 0)
+    torch.manual_seed(1)  # a run seeds the global generator that the reward draws from, or brings back its state
     second = Trainer(make_config(weights, tmp_path / "killed", update=kind))
     assert second.update == killed_at // 3 * 3
     second.run()
@@ -116,21 +114,19 @@ def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path,
     assert [line["kind"] for line in lines] == kinds
     assert_same(metrics(tmp_path / "killed"), lines)
     assert_same(weights_of(second), weights_of(whole))
-    assert_same(second.learner.state_dict(), whole.learner.state_dict())
-    assert_same(second.stream.state_dict(), whole.stream.state_dict())
+    assert_same(collected(second), collected(whole))
     finished = load_policy("inkling", weights=tmp_path / "killed" / "weights.safetensors")
     assert_same(dict(finished.trainable.state_dict()), weights_of(whole))
 
 
 def test_a_run_goes_on_for_longer_and_survives_a_torn_checkpoint(weights: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     whole = Trainer(make_config(weights, tmp_path / "whole"))
     whole.run()
-    torch.manual_seed(0)
     Trainer(make_config(weights, tmp_path / "parts", run={"updates": 4, "save_every": 1})).run()
     checkpoints = sorted((tmp_path / "parts" / "checkpoints").iterdir())
-    assert [path.name for path in checkpoints] == ["update-000003.pt", "update-000004.pt"]
-    checkpoints[-1].write_bytes(checkpoints[-1].read_bytes()[:1000])
+    assert [path.name for path in checkpoints] == ["update-000003", "update-000004"]
+    torn = next(checkpoints[-1].glob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:1000])
     second = Trainer(make_config(weights, tmp_path / "parts"))
     assert second.update == 3
     assert [line["update"] for line in metrics(tmp_path / "parts")] == [1, 2, 3]
@@ -180,8 +176,9 @@ def test_without_kl_no_reference_is_held(weights: Path, tmp_path: Path) -> None:
     assert trainer.reference is None
     trainer.run()
     assert "kl_by_step" not in metrics(tmp_path / "without")[0]
-    state = torch.load(next((tmp_path / "without" / "checkpoints").iterdir()), weights_only=True)
-    assert "reference" not in state
+    checkpoint = trainer.folder.checkpoints.latest()
+    assert checkpoint is not None
+    assert {name.partition(".")[0] for name in checkpoint.names()} == {"policy", "optimizer", "rng"}
 
 
 def test_the_reference_stays_the_initial_policy(weights: Path, tmp_path: Path) -> None:

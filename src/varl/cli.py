@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from varl import commands
-from varl.errors import InputError, checking
+from varl.errors import InputError, Interrupted, RunError, checking
 
 __all__ = ["main"]
 
@@ -93,7 +93,7 @@ def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input."""
+    """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -114,6 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
         return 2
+    except RunError as error:
+        console.print("[red]stopped:[/]", Text(str(error)), soft_wrap=True)
+        return 1
+    except Interrupted as stop:
+        console.print("stopped, with a checkpoint; the same command goes on from there")
+        return 128 + stop.signal
     except KeyboardInterrupt:
         console.print("stopped; train and pretrain go on from their last checkpoint when called again")
         return 130

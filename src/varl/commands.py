@@ -90,9 +90,10 @@ def train(config: TrainConfig) -> None:
             bar.update(task, completed=record["update"], description=f"{record['kind']:>6}", note=note)
 
         trainer.run(show)
-    results = trainer.folder.results(trainer.held_out)
-    if len(results) > 1:
-        console.print(comparison_table(results[0], results[-1]))
+    evaluated = trainer.folder.evaluated()
+    if len(evaluated) > 1:
+        first, last = (trainer.folder.result(update, trainer.held_out) for update in (evaluated[0], evaluated[-1]))
+        console.print(comparison_table(first, last))
     picture = trainer.folder.path / "before_after.png"
     if picture.exists():
         console.print(f"before and after: {picture}")

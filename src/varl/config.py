@@ -272,6 +272,9 @@ class EvaluationConfig:
         sampling: how the pictures are drawn; by default as in training.
         every: updates between evaluations; 0 evaluates only before and after.
         enabled: evaluate at all.
+        alarm_window: warn of reward hacking if over so many evaluations the training reward rose while a held-out
+            metric fell, both beyond noise; 0 is never.
+        alarm_stops: then also stop the run.
     """
 
     source: str = "inkling:held-out"
@@ -281,9 +284,13 @@ class EvaluationConfig:
     sampling: Sampling | None = None
     every: int = 0
     enabled: bool = True
+    alarm_window: int = 3
+    alarm_stops: bool = False
 
     def __post_init__(self) -> None:
         _need(self.count > 0, f"evaluation.count must be positive, got {self.count}")
+        window = self.alarm_window
+        _need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
         for name in ("seed", "prompt_seed", "every"):
             _need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -309,7 +316,9 @@ class RunConfig:
         overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
             quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
         save_every: updates between checkpoints.
-        keep: checkpoints kept.
+        keep: newest checkpoints kept; that of the best held-out score stays besides.
+        failure_window: of how many last updates the failures are counted.
+        max_failed_share: stop if in these more than this share of the pictures or optimizer steps failed; 1 is never.
         gallery_every: updates between pictures of samples and masks; 0 is never.
         diagnose_every: updates between measurements of the gradient's norm per step; 0 is never.
     """
@@ -324,13 +333,17 @@ class RunConfig:
     overlap: bool = False
     save_every: int = 20
     keep: int = 2
+    failure_window: int = 20
+    max_failed_share: float = 0.5
     gallery_every: int = 20
     diagnose_every: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("updates", "micro_batch", "save_every", "keep"):
+        for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
             value = getattr(self, name)
             _need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
+        share = self.max_failed_share
+        _need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
         for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
             _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 

@@ -263,13 +263,6 @@ class Learner:
         sums = torch.stack([part.sum() for part in values_BL.split(counts, 1)])
         return [float(share) for share in sums / sums.sum().clamp(min=1e-12)]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "steps_taken": self.steps_taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_taken = state["steps_taken"]
-
 
 WATCHED = 32
 """Tokens of a step, evenly spaced, whose entropy is logged: enough for a mean, and no softmax is made for the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -195,17 +196,16 @@ class PromptStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: plain numbers, fit for JSON."""
         return {
-            "position": self.position, "head": list(self._head), "seed": self.seed, "prompts": len(self.prompts)
+            "position": self.position, "head": list(self._head), **self._identity()
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()`` of a stream over the same prompts.
 
         Raises:
-            ValueError: if the state is of a stream with another seed or another number of prompts.
+            ValueError: if the state is of a stream with another seed or other prompts.
         """
-        mine = {"seed": self.seed, "prompts": len(self.prompts)}
-        for name, value in mine.items():
+        for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(
                     f"the stream to resume had {name} {state[name]}, this one has {value}; they must agree"
@@ -213,6 +213,10 @@ class PromptStream:
         self.position, self._head = int(state["position"]), list(state["head"])
         # At the end of an epoch the order is that of the epoch to come, which next() draws.
         self._order = self._epoch_order()
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+        return {"seed": self.seed, "prompts": len(self.prompts), "digest of the prompts": digest}
 
     def _epoch_order(self) -> list[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.prompts)).tolist()

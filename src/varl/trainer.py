@@ -17,27 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from varl import updates
-from varl.adapters import (
-    WithoutAdapters,
-    adapter_state,
-    add_adapters,
-    load_adapter_state,
-    load_adapters,
-    merged,
-    save_adapters,
-    with_adapters,
-)
+from varl.adapters import WithoutAdapters, add_adapters, load_adapters, merged, save_adapters, with_adapters
 from varl.config import PolicyConfig, TrainConfig
+from varl.errors import RunError
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
-from varl.models import load_policy
+from varl.models import load_policy, save_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, check_prompts, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
+from varl.run import faults, state
+from varl.run.failures import FailureWindow
 from varl.run.folder import RunFolder
+from varl.run.signals import Interrupts
 from varl.sizing import FIRST, fastest_micro_batch
 
 __all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
@@ -136,11 +131,17 @@ class Sampled:
 class Trainer:
     """One training run: built from a configuration, checked, resumable.
 
-    Everything random is drawn from (seed, update, row) or from the position in the prompts, so a run that goes on from
-    a checkpoint gives the numbers of one that was never stopped.
+    Everything random is drawn from (seed, update, row), from the position in the prompts, or by rewards from the global
+    generators of torch, numpy and Python, which are seeded here and saved; so a run that goes on from a checkpoint
+    gives the numbers of one that was never stopped.
+
+    Attributes:
+        update, pictures: optimizer updates made, and pictures scored for them.
+        evaluated: the update of the last held-out evaluation, or None.
+        best: the update and score of the best one, or None.
 
     Raises:
-        ValueError, FileNotFoundError: before any work starts, if the configuration cannot be carried out.
+        ValueError, FileNotFoundError, RunError: before any work starts, if the configuration cannot be carried out.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -148,6 +149,7 @@ class Trainer:
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
+        state.seed_all(run.seed)
         self.device = choose_device(run.device)
         self.policy = prepare(config.policy, self.device)
         self.schedule = self.policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
@@ -178,17 +180,26 @@ class Trainer:
             config.sampling,
             FIRST if run.micro_batch == "auto" else run.micro_batch,
         )
+        self.fingerprint = state.fingerprint(cast(nn.Module, self.policy))
         self.update, self.pictures = 0, 0
+        self.evaluated: int | None = None
+        self.best: tuple[int, float] | None = None
+        self.failures = FailureWindow(run.failure_window, run.max_failed_share)
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside = 0.0
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.folder = RunFolder(config)
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            self.folder.close()
+            raise
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of the step by name; stages inside it count for themselves."""
+        faults.point(name)
         outer, self._inside, start = self._inside, 0.0, time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -304,71 +315,94 @@ class Trainer:
         )
 
     def run(self, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-        """Train until the configured number of updates, with evaluations, checkpoints and pictures on the way."""
-        every = self.config.evaluation.every
-        if self.held_out and self.update == 0:
-            self.evaluate()
-        while self.update < self.config.run.updates:
-            record = self.step()
-            self.folder.metrics.write(record)
-            progress(record)
-            last = self.update == self.config.run.updates
-            if self.held_out and (last or (every and self.update % every == 0)):
-                self.evaluate()
-            if last or self.update % self.config.run.save_every == 0:
-                self.save()
-        if self.lora:
-            save_adapters(self.policy, self.config.policy.lora, self.folder.path / "adapters.safetensors")
-        with merged(self.policy) if self.lora else nullcontext():
-            self.folder.finish(self.policy)
+        """Train until the configured number of updates, with evaluations, checkpoints and pictures on the way.
 
-    @torch.no_grad()
+        Raises:
+            Interrupted: after SIGTERM or SIGINT, with a checkpoint of the update that was under way.
+            RunError: if a file cannot be written, too much failed, or the reward is hacked and that is to stop the run.
+        """
+        run, every = self.config.run, self.config.evaluation.every
+        with self.folder, Interrupts() as interrupts:
+            if self.held_out and self.evaluated is None:
+                self.evaluate()
+            stop: Exception | None = self._alarm() or interrupts.error
+            while stop is None and self.update < run.updates:
+                record = self.step()
+                self.folder.metrics.write(record)
+                faults.point("metrics written")
+                progress(record)
+                stop = self.failures.add(record["failed_share"], record["skipped"] / self.config.method.epochs)
+                last = self.update == run.updates
+                if self.held_out and (last or self._due(every, after=True)):
+                    self.evaluate()
+                stop = stop or self._alarm() or interrupts.error
+                is_best = self.best is not None and self.best[0] == self.update
+                if last or is_best or self.update % run.save_every == 0:
+                    self.save()
+                self.folder.checkpoints.check()
+            if stop is not None and self.update < run.updates:
+                self.save()
+                self.folder.checkpoints.wait()
+                raise stop
+            self.folder.checkpoints.wait()
+            self._finish()
+
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
-        result = evaluate(
-            self.policy,
-            self.held_out,
-            self.config.evaluation.sampling or self.config.sampling,
-            self.reward,
-            seed=self.config.evaluation.seed,
-            batch=self.config.run.picture_batch,
-            schedule=self.schedule,
-            precision=self.precision(),
-        )
-        self.folder.evaluation(self.update, self.pictures, result)
+        faults.point("evaluation")
+        with torch.no_grad(), state.own_generators(self.config.evaluation.seed):
+            result = evaluate(
+                self.policy,
+                self.held_out,
+                self.config.evaluation.sampling or self.config.sampling,
+                self.reward,
+                seed=self.config.evaluation.seed,
+                batch=self.config.run.picture_batch,
+                schedule=self.schedule,
+                precision=self.precision(),
+            )
+        self.folder.evaluation(self.update, self.pictures, result, self.config.evaluation.alarm_window)
+        self.evaluated = self.update
+        score = result.estimate(result.metrics[0]).value
+        if self.best is None or score > self.best[1]:
+            self.best = self.update, score
+            self._export("best.safetensors")
+        faults.point("evaluated")
         return result
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        state = {
-            "update": self.update,
-            "pictures": self.pictures,
-            "policy": adapter_state(self.policy) if self.lora else self.policy.trainable.state_dict(),
-            "learner": self.learner.state_dict(),
-            "prompts": self.stream.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-        }
-        if self.reference is not None and not self.lora:
-            state["reference"] = self.reference.trainable.state_dict()
-        self.folder.checkpoints.save(self.update, state)
+        """Write a checkpoint, in the background."""
+        best = None if self.best is None else self.best[0]
+        self.folder.checkpoints.save(self.update, *state.collected(self), best)
 
     def _resume(self) -> None:
-        state = self.folder.checkpoints.load(self.device)
-        if state is None:
-            self.folder.metrics.truncate_after(0)
-            return
-        self.update, self.pictures = state["update"], state["pictures"]
+        checkpoint = self.folder.checkpoints.latest()
+        if checkpoint is not None:
+            state.restore(self, checkpoint)
+            logger.info("going on from update %d", self.update)
+        self.folder.begin(self.update)
+
+    def _alarm(self) -> RunError | None:
+        """What to stop with if the last evaluation raised the alarm and that is to stop the run."""
+        falling = self.folder.alarm() if self.config.evaluation.alarm_stops else []
+        if not falling:
+            return None
+        return RunError(
+            f"the training reward rises while held-out {', '.join(falling)} falls: the reward is hacked. The best "
+            f"weights are in {self.folder.path / 'best.safetensors'}; --evaluation.alarm_stops false goes on regardless"
+        )
+
+    def _finish(self) -> None:
+        """Write the finished weights in the family's own format, and adapters as a file of their own."""
+        faults.point("finish")
         if self.lora:
-            load_adapter_state(self.policy, state["policy"])
-        else:
-            self.policy.trainable.load_state_dict(state["policy"])
-        self.learner.load_state_dict(state["learner"])
-        self.stream.load_state_dict(state["prompts"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        if self.reference is not None and not self.lora:
-            self.reference.trainable.load_state_dict(state["reference"])
-        self.folder.metrics.truncate_after(self.update)
-        logger.info("going on from update %d", self.update)
+            lora = self.config.policy.lora
+            self.folder.export("adapters.safetensors", lambda path: save_adapters(self.policy, lora, path))
+        self._export("weights.safetensors")
+
+    def _export(self, name: str) -> None:
+        with merged(self.policy) if self.lora else nullcontext():
+            self.folder.export(name, lambda path: save_policy(self.policy, path))
 
     def _due(self, every: int, after: bool = False) -> bool:
         return every > 0 and (self.update if after else self.update + 1) % every == 0
@@ -385,6 +419,7 @@ class Trainer:
             "kind": plan.kind,
             "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
             "failed_pictures": int(output.failed.sum()),
+            "failed_share": float(output.failed.float().mean()),
             "return": float(value_PG[kept].mean()) if kept.any() else None,
             "group_std": float(advantages.group_std_P[kept].mean()) if kept.any() else None,
             "zero_variance_groups": float(advantages.zero_variance_P.float().mean()),

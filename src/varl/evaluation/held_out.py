@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from varl.errors import RunError
 from varl.policy import Policy, Prompt
 from varl.rewards.base import Reward
 from varl.rewards.ocr import word_hits, word_neds
@@ -180,7 +181,7 @@ def evaluate(
 
     Raises:
         ValueError: if there is no prompt, or a number is less than 1.
-        RuntimeError: if not one picture could be scored.
+        RunError: if not one picture could be scored.
     """
     import varl
 
@@ -215,7 +216,7 @@ def evaluate(
     if np.isnan(scores).all():
         reasons = getattr(getattr(reward, "failures", None), "reasons", {})
         why = f": {'; '.join(reasons)}" if reasons else ""
-        raise RuntimeError(f"none of the {total} pictures could be scored{why}")
+        raise RunError(f"none of the {total} pictures could be scored{why}")
     counted = None if texts is None else _count([prompts[row // s] for row in range(total)], texts, scores)
     return Evaluation(
         prompts=list(prompts),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,7 +150,8 @@ def checked(output: RewardOutput, batch: int) -> RewardOutput:
     """The output on the CPU, with non-finite scores marked as failed and failed scores NaN.
 
     Raises:
-        ValueError: if a field does not hold ``batch`` entries.
+        ValueError: if a field does not hold ``batch`` entries, or a region is no polygon.
+        TypeError: if a text is none.
     """
 
     def vector(name: str, value: Any, dtype: torch.dtype) -> Tensor:
@@ -163,5 +165,12 @@ def checked(output: RewardOutput, batch: int) -> RewardOutput:
     for name, field in (("regions", output.regions), ("texts", output.texts)):
         if field is not None and len(field) != batch:
             raise ValueError(f"{name} must hold {batch} entries for {batch} pictures, has {len(field)}")
+    for polygon in (polygon for regions in output.regions or [] for polygon in regions):
+        points = np.asarray(polygon, np.float32)
+        if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+            raise ValueError(f"regions hold polygons [points, 2] of finite numbers, not {points.tolist()!r:.100}")
+    for text in output.texts or []:
+        if not isinstance(text, str):
+            raise TypeError(f"texts hold texts, not {text!r:.100}")
     parts = {name: vector(f"parts[{name!r}]", value, torch.float32) for name, value in output.parts.items()}
     return RewardOutput(score.masked_fill(failed, torch.nan), failed, output.regions, parts, output.texts)

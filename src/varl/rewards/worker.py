@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.util import Finalize
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from varl.errors import RunError
 from varl.rewards.engine import Line, OcrConfig, OcrEngine, Reading, Unread, to_pixels
 
 __all__ = ["OcrWorker", "PictureReader"]
@@ -31,12 +34,15 @@ class PictureReader(Protocol):
 
 def _serve(make_reader: Callable[[], PictureReader], connection: Connection) -> None:
     """The worker's loop: a picture in, its lines or the reason of its failure out."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Terminals and schedulers send them to every process; the run finishes its update first, and needs its reader.
+        signal.signal(number, signal.SIG_IGN)
     reader = make_reader()
     connection.send("ready")
     while True:
         try:
             picture = connection.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             answer: Reading = reader.read_picture(picture)
@@ -80,6 +86,8 @@ class OcrWorker:
         self._make_reader = make_reader or partial(OcrEngine, OcrEngine(self.config).config)
         self._lock = threading.Lock()
         self._seats = [_Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)]
+        # Before multiprocessing ends its daemons at exit: it would ask them by the SIGTERM that they ignore, and wait.
+        Finalize(self, _close_all, (self._seats,), exitpriority=10)
 
     def describe(self) -> dict[str, str]:
         """As ``OcrEngine.describe``, and that it runs in a worker."""
@@ -90,7 +98,7 @@ class OcrWorker:
 
         Raises:
             ValueError: if ``images`` has another shape.
-            RuntimeError: if a process cannot be started even once; its own output says why.
+            RunError: if a process cannot be started even once; its own output says why.
         """
         pictures = to_pixels(images)
         lost = Unread("no OCR worker could be started again")
@@ -137,8 +145,7 @@ class OcrWorker:
 
     def close(self) -> None:
         """End the processes; a later reading starts them again."""
-        for seat in self._seats:
-            seat.close()
+        _close_all(self._seats)
 
     def __enter__(self) -> OcrWorker:
         return self
@@ -146,9 +153,10 @@ class OcrWorker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        for seat in getattr(self, "_seats", []):
-            seat.close()
+
+def _close_all(seats: Sequence[_Seat]) -> None:
+    for seat in seats:
+        seat.close()
 
 
 def _context() -> SpawnContext | ForkServerContext:
@@ -160,7 +168,7 @@ def _context() -> SpawnContext | ForkServerContext:
     return context
 
 
-class _NotStarted(RuntimeError):
+class _NotStarted(RunError):
     pass
 
 

@@ -1,61 +1,316 @@
-"""Checkpoints of a run: written beside, then renamed; the newest readable one is gone on from."""
+"""Checkpoints of a run: written beside and renamed, with a manifest of hashes; the newest whole one is gone on from.
+
+Tensors go through ``torch.distributed.checkpoint`` in its safetensors storage, so that any number of processes can
+write one and any other number read it, and plain values into the manifest as JSON: nothing in a checkpoint is executed
+when it is read.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-__all__ = ["Checkpoints"]
+import varl
+from varl.errors import RunError
+from varl.run import faults
+from varl.run.files import beside, sync, writing
+
+__all__ = ["Checkpoint", "Checkpoints", "Damaged", "read_manifest"]
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NONE, ALL_DAMAGED = -1, -2
+
+
+class Damaged(ValueError):
+    """A checkpoint is torn or was altered; the message says in what."""
+
+
+def read_manifest(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """A checkpoint's manifest, after checking that the folder holds the files it names and no others.
+
+    Args:
+        hashes: also check every file's SHA-256.
+
+    Raises:
+        Damaged: if anything is not as it was written.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        stated = manifest.pop("sha256")
+        whole, version = stated == _digest(manifest), manifest["format"]
+        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+        good = isinstance(manifest["values"], dict) and isinstance(manifest["update"], int)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    if not whole or not good:
+        raise Damaged(f"{MANIFEST} was altered")
+    if version != FORMAT:
+        raise Damaged(f"it has format {version}; this version of varl reads format {FORMAT}")
+    there = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if there != files.keys():
+        differing = sorted(there ^ files.keys())
+        raise Damaged(f"{differing[0]} is {'not in the manifest' if differing[0] in there else 'missing'}")
+    for name, (size, sha256) in files.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise Damaged(f"{name} has {found} bytes, not {size}")
+        if hashes and _hash(folder / name) != sha256:
+            raise Damaged(f"{name} was altered: its SHA-256 is not that of the manifest")
+    return manifest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        path: its folder.
+        update: the updates made so far.
+        values: the plain values that were saved.
+    """
+
+    path: Path
+    update: int
+    values: dict[str, Any]
+    group: dist.ProcessGroup | None = None
+
+    def names(self) -> list[str]:
+        """The names of its tensors."""
+        return sorted(HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata)
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors in place (sharded ones too), by name. Collective where there are several processes.
+
+        Raises:
+            ValueError: if one is not in the checkpoint, or has another shape.
+        """
+        missing = sorted(tensors.keys() - set(self.names()))
+        if missing:
+            raise ValueError(f"checkpoint {self.path} lacks {len(missing)} tensors of this run, such as {missing[0]}")
+        reader = HuggingFaceStorageReader(str(self.path))
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # no Exception, but a BaseException
+            raise ValueError(f"checkpoint {self.path} does not fit this run: {_reason(error)}") from error
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, ``update-000040.pt`` after 40 updates.
+    """The folder of a run's checkpoints, ``update-000040`` after 40 updates; kept are the newest and the best.
+
+    ``save`` copies the tensors and returns; a thread writes them. At most one is being written at a time.
+
+    With several processes every method is collective, and the folder must be on a file system that all see.
 
     Args:
         folder: made when the first one is saved.
-        keep: how many to keep.
+        keep: how many of the newest to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        # The thread's own group: its collectives must not meet those of the training.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._newest: int | None = None
 
     def paths(self) -> list[Path]:
-        """All checkpoints, oldest first."""
-        return sorted(self.folder.glob("update-*.pt"))
+        """All checkpoints, oldest first, whole or not."""
+        found = (path for path in self.folder.glob("update-*") if path.name.removeprefix("update-").isdigit())
+        return sorted(found, key=_update_of)
 
-    def save(self, update: int, state: dict[str, Any]) -> Path:
-        """Write one checkpoint and remove those beyond ``keep``; a crash leaves the old ones whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"update-{update:06d}.pt"
-        beside = path.with_suffix(".partial")
-        with beside.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
-        return path
+    def save(self, update: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], best: int | None) -> None:
+        """Write a checkpoint in the background and remove those beyond ``keep``, other than the best.
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, or None if there is none. Loads tensors and plain values only.
+        Does nothing if that of this update is there.
+
+        Args:
+            tensors: by name; each process gives those it holds or shares in.
+            values: what JSON holds; those of the first process are kept.
+            best: the update of the best one, which stays.
 
         Raises:
-            RuntimeError: if there are checkpoints but none can be read.
+            RunError: if an earlier one could not be written.
         """
-        paths = self.paths()
-        for path in reversed(paths):
+        self.wait()
+        if update == self._newest:
+            return
+        faults.point("checkpoint begins")
+        staged = self._stager.stage(dict(tensors))
+        faults.point("checkpoint staged")
+        self._pending = self._thread.submit(self._write, update, staged, dict(values), best)
+        self._newest = update
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            RunError: if it could not be written; the checkpoints before it are whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Until nothing is being written; a failure is logged, not raised."""
+        if self._pending is not None and (error := self._pending.exception()) is not None:
+            logger.error("%s", error)
+        self._pending = None
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None if there is none. Newer ones that are damaged are named in the log and
+        set aside as ``update-000040.damaged``.
+
+        Raises:
+            RunError: if there are checkpoints but none is whole.
+        """
+        found, damaged = NONE, []
+        if self.rank == 0:
+            for path in reversed(self.paths()):
+                try:
+                    found = read_manifest(path)["update"]
+                    break
+                except Damaged as error:
+                    damaged.append(f"checkpoint {path}: {error}")
+                    logger.warning("%s; trying the one before", damaged[-1])
+            else:
+                found = ALL_DAMAGED if damaged else NONE
+        found = self._agreed(found)
+        if found == ALL_DAMAGED:
+            raise RunError(
+                f"none of the checkpoints in {self.folder} is whole ({'; '.join(damaged) or 'see the first process'}); "
+                "put one back, or move the folder away to begin again"
+            )
+        if found == NONE:
+            return None
+        if self.rank == 0:
+            for path in self.paths():
+                if _update_of(path) > found:
+                    _remove(path.with_name(f"{path.name}.damaged"))
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+        self._newest = found
+        path = self._path(found)
+        return Checkpoint(path, found, read_manifest(path, hashes=False)["values"], self._group)
+
+    def _path(self, update: int) -> Path:
+        return self.folder / f"update-{update:06d}"
+
+    def _write(self, update: int, tensors: dict[str, Tensor], values: dict[str, Any], best: int | None) -> None:
+        path = self._path(update)
+        partial = beside(path)
+
+        def begin() -> None:
+            for left in self.folder.glob("partial.*"):
+                _remove(left)
+            partial.mkdir(parents=True)
+
+        def store() -> None:
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=not dist.is_initialized())
+
+        stages = {
+            "folder made": (begin, False),
+            "tensors written": (store, True),
+            "finished": (lambda: self._finish(path, partial, update, values, best), False),
+        }
+        for name, (stage, everywhere) in stages.items():
+            error: RunError | None = None
             try:
-                state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-                return state
-            except Exception as error:
-                logger.warning("checkpoint %s cannot be read (%s); trying the one before", path, error)
-        if paths:
-            raise RuntimeError(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
-        return None
+                if everywhere or self.rank == 0:
+                    with writing(path):
+                        stage()
+            except RunError as failure:
+                error = failure
+            except CheckpointException as failure:  # no Exception, but a BaseException
+                error = RunError(f"{path} cannot be written: {_reason(failure)}; the checkpoints before it are whole")
+            if self._worst(error is not None):
+                if self.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise error or RunError(f"{path} cannot be written; another process says why")
+            faults.point(f"checkpoint {name}")
+
+    def _finish(self, path: Path, partial: Path, update: int, values: dict[str, Any], best: int | None) -> None:
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, "varl": varl.__version__, "torch": str(torch.__version__), "update": update}
+        manifest |= {"values": values, "files": files}
+        (partial / MANIFEST).write_text(json.dumps({"sha256": _digest(manifest), **manifest}, indent=1))
+        sync(partial / MANIFEST)
+        sync(partial)
+        faults.point("checkpoint manifest written")
+        _remove(path)  # a damaged one that was not newer than what the run went on from
+        os.replace(partial, path)
+        sync(self.folder)
+        faults.point("checkpoint renamed")
+        for old in self.paths()[: -self.keep]:
+            if best is None or old != self._path(best):
+                _remove(old)
+
+    def _agreed(self, number: int) -> int:
+        """The first process's number, on every one."""
+        shared = torch.tensor(number)
+        if self._group is not None:
+            dist.broadcast(shared, 0, group=self._group)
+        return int(shared)
+
+    def _worst(self, failed: bool) -> bool:
+        """Whether it failed on any process."""
+        shared = torch.tensor(int(failed))
+        if self._group is not None:
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        return bool(shared)
+
+
+def _update_of(path: Path) -> int:
+    return int(path.name.removeprefix("update-"))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if it is there; killed in between, what is left does not look like a checkpoint."""
+    if folder.exists():
+        doomed = folder if folder.name.startswith("partial.") else beside(folder)
+        if doomed != folder:
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _reason(error: CheckpointException) -> str:
+    first: Sequence[Any] = next(iter(error.failures.values()), ("unknown",))
+    return str(first[0])

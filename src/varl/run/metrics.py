@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from varl.run.files import replacing, writing
+
 __all__ = ["MetricsWriter", "read_metrics"]
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class MetricsWriter:
         Raises:
             ValueError: if ``update`` is missing, no integer, or not above that of the line before.
             TypeError: if a value cannot be written; the message names it.
+            RunError: if the file cannot be written. A line half written is dropped when the run goes on.
         """
         update = record.get("update")
         if not isinstance(update, int) or isinstance(update, bool):
@@ -71,7 +74,7 @@ class MetricsWriter:
                 "update calls truncate_after first"
             )
         line = {str(name): _plain(value, str(name)) for name, value in record.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -95,12 +98,8 @@ class MetricsWriter:
         self._close_events()
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        beside = self.path.with_suffix(".partial")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def _mirror(self, update: int, line: Mapping[str, Any]) -> None:
         if not self._tensorboard:
@@ -115,13 +114,19 @@ class MetricsWriter:
                 self._events.add_scalar(name, value, update)
             self._events.flush()
         except Exception as error:  # whatever it is, the run is worth more than its second record
-            logger.warning("TensorBoard cannot be written (%s); metrics go to %s only", error, self.path)
-            self._tensorboard, self._events = False, None
+            self._give_up(error)
 
     def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        events, self._events = self._events, None
+        try:
+            if events is not None:
+                events.close()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("TensorBoard cannot be written (%s); metrics go to %s only", error, self.path)
+        self._tensorboard, self._events = False, None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -1,0 +1,101 @@
+"""Writing files so that a crash or a full disk leaves the earlier ones whole, and one process a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from varl.errors import RunError
+from varl.run import faults
+
+__all__ = ["FolderLock", "beside", "replacing", "sync", "writing"]
+
+
+def beside(path: Path) -> Path:
+    """Where what will be ``path`` is written first; its ending is kept, since formats go by it."""
+    return path.with_name(f"partial.{path.name}")
+
+
+def sync(path: Path) -> None:
+    """Have a file's or folder's content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file.
+
+    Raises:
+        RunError: if it cannot be written (disk full, no permission, ...), naming the file and the reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(
+            f"{path} cannot be written: {reason}; what was written before is whole, and once there is room the same "
+            "command goes on from the last checkpoint"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; at the end its content is on the disk and takes the place of ``path`` in one go.
+
+    Raises:
+        RunError: as ``writing``; ``path`` is then as it was.
+    """
+    partial = beside(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            faults.point(f"file {path.name}")
+            sync(partial)
+            os.replace(partial, path)
+        except Exception:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        sync(path.parent)
+
+
+class FolderLock:
+    """Holds a folder for one process; the kernel lets go of it when the process dies, however it dies.
+
+    Raises:
+        ValueError: if another process holds it.
+        RunError: if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "lock"
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "unknown"
+                self._file.close()
+                raise ValueError(
+                    f"another process trains in {folder} ({holder}); wait for it, stop it, or choose another --run.out"
+                ) from None
+            # Never removed: who waits on a removed file would hold a lock that nobody else sees.
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()

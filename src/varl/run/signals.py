@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT while a run is under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from varl.errors import Interrupted
+
+__all__ = ["Interrupts"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """Within it, the first SIGTERM or SIGINT is noted, for the run to stop at its next whole update; the second ends
+    the process at once, with the exit code that shells give for that signal (128 + its number).
+
+    Only the main thread can catch signals; in another one this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        # torchrun passes on to its workers the signal that the terminal or scheduler has sent them already.
+        self._echo_s = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+        self._when = 0.0
+        self._earlier: dict[int, Any] = {}
+
+    @property
+    def error(self) -> Interrupted | None:
+        """What to stop with, if a signal came."""
+        return None if self.received is None else Interrupted(self.received)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._when = number, time.monotonic()
+            # Not print or logging: the signal may have come in the middle of one.
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: this update is finished and saved first; a second signal exits at once\n".encode())
+        elif time.monotonic() - self._when >= self._echo_s:
+            os._exit(128 + number)
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,187 @@
+"""Everything that decides a run's next number, as named tensors and plain values, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from varl.adapters import adapter_state
+from varl.run.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from varl.trainer import Trainer
+
+__all__ = [
+    "collected",
+    "fingerprint",
+    "new_moments",
+    "own_generators",
+    "restore",
+    "rng_state",
+    "seed_all",
+    "set_rng_state",
+    "stored_moments",
+]
+
+
+def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A run's state: tensors by name (those that training goes on to change are not copied), and values for JSON.
+
+    The kind of the next update and the learning rate follow from the numbers of updates and optimizer steps.
+    """
+    values = {
+        "pictures": trainer.pictures,
+        "steps_taken": trainer.learner.steps_taken,
+        "prompts": trainer.stream.state_dict(),
+        "evaluated": trainer.evaluated,
+        "best": trainer.best,
+        "failures": list(trainer.failures.shares),
+        "fingerprint": trainer.fingerprint,
+    }
+    moments = stored_moments(_trained(trainer), trainer.learner.optimizer)
+    return _weights(trainer) | _named("optimizer", moments) | _named("rng", rng_state()), values
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Set a run's state to that of a checkpoint.
+
+    Raises:
+        ValueError: if it began from other weights or prompts, or has other tensors.
+    """
+    values = checkpoint.values
+    if values["fingerprint"] != trainer.fingerprint:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} is of a run that began from other weights than policy.weights now holds; "
+            "give those, or choose another --run.out"
+        )
+    trainer.stream.load_state_dict(values["prompts"])
+    moments = [name.removeprefix("optimizer.") for name in checkpoint.names() if name.startswith("optimizer.")]
+    rng = rng_state()
+    checkpoint.load(
+        _weights(trainer)
+        | _named("optimizer", new_moments(_trained(trainer), trainer.learner.optimizer, moments))
+        | _named("rng", rng)
+    )
+    set_rng_state(rng)
+    trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
+    trainer.learner.steps_taken, trainer.evaluated = values["steps_taken"], values["evaluated"]
+    trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
+    trainer.failures.shares.extend(values["failures"])
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The policy's weights (or its adapters'), and the reference's where it has its own."""
+    policy, reference = trainer.policy, trainer.reference
+    tensors = _named("policy", adapter_state(policy) if trainer.lora else policy.trainable.state_dict())
+    if reference is not None and not trainer.lora:
+        tensors |= _named("reference", reference.trainable.state_dict())
+    return tensors
+
+
+def _trained(trainer: Trainer) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in trainer.policy.trainable.named_parameters() if p.requires_grad]
+
+
+def _named(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}.{name}": value for name, value in tensors.items()}
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The states of the global generators."""
+    _, key, position, has_gauss, gauss = np.random.get_state()
+    _, internal, spare = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*np.asarray(key).tolist(), position, has_gauss, _bits(gauss)]),
+        "python": torch.tensor([*internal, spare is not None, _bits(spare or 0.0)]),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Set what ``rng_state`` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    *key, position, has_gauss, gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, np.uint32), position, has_gauss, _float(gauss)))
+    *internal, has_spare, spare = state["python"].tolist()
+    random.setstate((3, tuple(internal), _float(spare) if has_spare else None))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def own_generators(seed: int) -> Iterator[None]:
+    """Seed the global generators for what is inside; afterwards they are as they were."""
+    before = rng_state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
+def _bits(value: float) -> int:
+    return int(np.array(value, np.float64).view(np.int64))
+
+
+def _float(bits: int) -> float:
+    return float(np.array(bits, np.int64).view(np.float64))
+
+
+def stored_moments(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """An optimizer's tensors by ``parameter.slot``; a parameter that was never stepped has none."""
+    return {
+        f"{name}.{slot}": value
+        for name, parameter in parameters
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def new_moments(
+    parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Give an optimizer empty tensors under the names of ``stored_moments``, and return them to be filled.
+
+    AdamW's ``step`` is a number; the other slots are of their parameter's shape (and sharding).
+
+    Raises:
+        ValueError: if a name is of no parameter.
+    """
+    owners = dict(parameters)
+    found: dict[str, Tensor] = {}
+    for full in names:
+        name, _, slot = full.rpartition(".")
+        if name not in owners:
+            raise ValueError(f"the optimizer has no parameter {name!r}")
+        value = torch.zeros(()) if slot == "step" else torch.zeros_like(owners[name])
+        found[full] = optimizer.state[owners[name]][slot] = value
+    return found
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of the names and shapes of a module's tensors and of up to 1,024 numbers of each, evenly spread."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        flat = value.detach().flatten()
+        some = flat[:: max(1, -(-len(flat) // 1024))]
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
