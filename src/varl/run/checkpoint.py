@@ -60,7 +60,7 @@ def read_manifest(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
         stated = manifest.pop("sha256")
         whole, version = stated == _digest(manifest), manifest["format"]
         files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-        good = isinstance(manifest["values"], dict) and isinstance(manifest["update"], int)
+        good = isinstance(manifest["values"], dict) and isinstance(manifest["update"], int) and "best" in manifest
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     if not whole or not good:
@@ -211,14 +211,16 @@ class Checkpoints:
             )
         if found == NONE:
             return None
-        if self.rank == 0:
-            for path in self.paths():
-                if _update_of(path) > found:
-                    _remove(path.with_name(f"{path.name}.damaged"))
-                    path.rename(path.with_name(f"{path.name}.damaged"))
         self._newest = found
         path = self._path(found)
-        return Checkpoint(path, found, read_manifest(path, hashes=False)["values"], self._group)
+        manifest = read_manifest(path, hashes=False)
+        if self.rank == 0:
+            for newer in self.paths():
+                if _update_of(newer) > found:
+                    _remove(newer.with_name(f"{newer.name}.damaged"))
+                    newer.rename(newer.with_name(f"{newer.name}.damaged"))
+            self._prune(manifest["best"])
+        return Checkpoint(path, found, manifest["values"], self._group)
 
     def _path(self, update: int) -> Path:
         return self.folder / f"update-{update:06d}"
@@ -228,8 +230,7 @@ class Checkpoints:
         partial = beside(path)
 
         def begin() -> None:
-            for left in self.folder.glob("partial.*"):
-                _remove(left)
+            _remove(partial)
             partial.mkdir(parents=True)
 
         def store() -> None:
@@ -260,7 +261,7 @@ class Checkpoints:
     def _finish(self, path: Path, partial: Path, update: int, values: dict[str, Any], best: int | None) -> None:
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "varl": varl.__version__, "torch": str(torch.__version__), "update": update}
-        manifest |= {"values": values, "files": files}
+        manifest |= {"best": best, "values": values, "files": files}
         (partial / MANIFEST).write_text(json.dumps({"sha256": _digest(manifest), **manifest}, indent=1))
         sync(partial / MANIFEST)
         sync(partial)
@@ -269,9 +270,15 @@ class Checkpoints:
         os.replace(partial, path)
         sync(self.folder)
         faults.point("checkpoint renamed")
+        self._prune(best)
+
+    def _prune(self, best: int | None) -> None:
+        """Remove old checkpoints, and what was being written or removed when a process was killed."""
         for old in self.paths()[: -self.keep]:
             if best is None or old != self._path(best):
                 _remove(old)
+        for left in self.folder.glob("partial.*"):
+            _remove(left)
 
     def _agreed(self, number: int) -> int:
         """The first process's number, on every one."""

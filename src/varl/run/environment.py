@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@lru_cache
 def _git(folder: Path, tracked: str) -> dict[str, Any] | None:
     """Commit of the repository a folder belongs to, and whether files differ from it; None if git tracks it not."""
 

@@ -1,0 +1,154 @@
+"""Kills a training run by ``kill -9`` at random moments, again and again: ``python -m benchmarks.kills``.
+
+Every time the same command is given again, until the run is finished; then all it left must be, to the byte, what a run
+leaves that was never killed, timings apart. The run is small and does everything: both kinds of update, evaluations,
+checkpoints every other update, a reward with randomness of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from varl.cli import main as command_line
+from varl.policy import Prompt
+from varl.run.metrics import read_metrics
+
+__all__ = ["begin", "noisy_brightness", "outcome", "recipe", "sweep"]
+
+RECIPE = """
+policy: {{weights: random, config: {{grids: [1, 2, 3, 6], codes: 32, decoder: 8, width: 32, depth: 2, heads: 2}}}}
+prompts: {{count: 7}}
+reward: "benchmarks.kills:noisy_brightness"
+method: {{prompts: 2, group: 4, continuations: 2, middle: "grid:3", prefix_updates: 2}}
+optimizer: {{learning_rate: 1.0e-3, warmup_updates: 3}}
+evaluation: {{count: 4, every: 4}}
+run: {{out: {out}, updates: {updates}, save_every: 2, keep: 2, device: cpu, threads: 1, gallery_every: 0}}
+"""
+OWN_TO_A_START = {"metrics.jsonl", "starts.jsonl", "config.yaml", "lock", "manifest.json"}
+
+
+def noisy_brightness(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Mean of the left half less that of the right, with noise from torch's global generator; [B]."""
+    half = images.shape[-1] // 2
+    difference = images[..., :half].mean((1, 2, 3)) - images[..., half:].mean((1, 2, 3))
+    return 20 * difference + 0.1 * torch.rand(len(images))
+
+
+def recipe(folder: Path, updates: int) -> Path:
+    """Write the recipe of a run in ``folder / "run"``."""
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(out=folder / "run", updates=updates))
+    return path
+
+
+def begin(path: Path) -> ForkServerProcess:
+    """Give the command ``varl train`` of a recipe, in a process of its own; its exit code is the command's."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["varl.cli", "varl.trainer"])
+    process = context.Process(target=_command, args=(str(path),))
+    process.start()
+    return process
+
+
+def _command(path: str) -> None:
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        sys.exit(command_line(["train", path]))
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a finished run left: metrics without seconds, the checkpoints' values, and a hash of every file's content.
+
+    Of a safetensors file that of its tensors: the order of its metadata is random.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in OWN_TO_A_START)
+    files = {str(path.relative_to(folder)): _content(path) for path in paths if "tensorboard" not in path.parts}
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(folder)]
+    values = [json.loads(path.read_text())["values"] for path in sorted(folder.rglob("manifest.json"))]
+    return {"files": files, "metrics": lines, "values": values}
+
+
+def _content(path: Path) -> str:
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name, value in sorted(load_file(path).items()):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sweep(folder: Path, kills: int, updates: int, seed: int = 0) -> dict[str, Any]:
+    """Kill runs until ``kills`` kills have hit one, and compare each that is finished with one never killed.
+
+    Returns:
+        Numbers: kills, those that left a checkpoint or file half written, runs finished, runs that differ, and seconds:
+        of a run never killed, and what a kill cost on average.
+    """
+    rng = random.Random(seed)
+    for name in ("whole", "again"):
+        (folder / name).mkdir(parents=True)
+        started = time.perf_counter()
+        _finished(begin(recipe(folder / name, updates)))
+        seconds = time.perf_counter() - started  # the first one also waits for the fork server to import torch
+    expected = outcome(folder / "whole" / "run")
+    if outcome(folder / "again" / "run") != expected:
+        raise RuntimeError("two runs that nobody killed differ")
+    found = {"kills": 0, "half_written": 0, "finished": 0, "different": 0}
+    started = time.perf_counter()
+    while found["kills"] < kills:
+        own = folder / f"run-{found['finished']}"
+        own.mkdir()
+        path = recipe(own, updates)
+        for _ in range(kills - found["kills"]):
+            process = begin(path)
+            process.join(rng.uniform(0, seconds))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            found["kills"] += 1
+            found["half_written"] += any(own.rglob("partial.*"))
+        _finished(process if process.exitcode == 0 else begin(path))
+        found["finished"] += 1
+        found["different"] += outcome(own / "run") != expected
+    lost = (time.perf_counter() - started - found["finished"] * seconds) / kills
+    return {**found, "seconds_whole": round(seconds, 2), "seconds_lost_a_kill": round(lost, 2)}
+
+
+def _finished(process: ForkServerProcess) -> None:
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the run ended with exit code {process.exitcode}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--updates", type=int, default=24, help="of each run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = sweep(Path(folder), options.kills, options.updates, options.seed)
+    print(json.dumps(found, indent=1))
+    return 1 if found["different"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
