@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -81,3 +82,10 @@ class Failing:
         if call in self.nans:
             output.score[0] = torch.nan
         return output
+
+
+def slow(images: Tensor, prompts: Sequence[Prompt], marker: str, seconds: float) -> RewardOutput:
+    """``score``, after making a file and waiting."""
+    Path(marker).touch()
+    time.sleep(seconds)
+    return score(images, prompts)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,7 @@ class Checkpoints:
         if update == self._newest:
             return
         faults.point("checkpoint begins")
-        staged = self._stager.stage(dict(tensors))
+        staged = cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
         faults.point("checkpoint staged")
         self._pending = self._thread.submit(self._write, update, staged, dict(values), best)
         self._newest = update

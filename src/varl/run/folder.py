@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -157,8 +158,9 @@ class RunFolder:
         kept |= {name: _tensor(getattr(result, name)) for name in ("rewards", "hits", "neds")}
         with replacing(self._evaluation(update, "json")) as partial:
             partial.write_text(json.dumps(record, indent=1))
-        with replacing(self._evaluation(update, "pt")) as partial, partial.open("wb") as file:
-            torch.save(kept, file)
+        torch.save(kept, buffer := io.BytesIO())  # to a file, it would say nothing of a full disk but where it was
+        with replacing(self._evaluation(update, "pt")) as partial:
+            partial.write_bytes(buffer.getbuffer())
         before = self.result(self.evaluated()[0], result.prompts)
         if update and before.texts is not None and result.texts is not None:
             shown = slice(0, 16)

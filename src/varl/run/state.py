@@ -102,11 +102,12 @@ def seed_all(seed: int) -> None:
 
 def rng_state() -> dict[str, Tensor]:
     """The states of the global generators."""
-    _, key, position, has_gauss, gauss = np.random.get_state()
+    numbers: Any = np.random.get_state(legacy=False)
+    key, position = numbers["state"]["key"].tolist(), numbers["state"]["pos"]
     _, internal, spare = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*np.asarray(key).tolist(), position, has_gauss, _bits(gauss)]),
+        "numpy": torch.tensor([*key, position, numbers["has_gauss"], _bits(numbers["gauss"])]),
         "python": torch.tensor([*internal, spare is not None, _bits(spare or 0.0)]),
     }
     if torch.cuda.is_available():
