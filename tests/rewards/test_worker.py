@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -62,6 +64,33 @@ def test_killed_between_readings(worker):
     os.kill(worker.pids[0], signal.SIGKILL)
     time.sleep(0.2)
     assert said(worker.read(moods(6))) == ["6"]
+
+
+def test_signals_that_ask_the_run_to_stop_leave_its_reader_alone(worker):
+    worker.read(moods(9))
+    pids = worker.pids
+    for pid, number in itertools.product(pids, (signal.SIGINT, signal.SIGTERM)):
+        os.kill(pid, number)
+    assert said(worker.read(moods(9))) == ["9"]
+    assert worker.pids == pids
+
+
+def _leave_open(connection):
+    worker = OcrWorker(make_reader=Moody)
+    worker.read(moods(9))
+    connection.send(worker.pids)
+
+
+def test_a_process_ends_with_its_reader_still_open():
+    context = multiprocessing.get_context("forkserver")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_leave_open, args=(theirs,))
+    process.start()
+    (pid,) = mine.recv()
+    process.join(20)
+    assert process.exitcode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_hang_hits_the_time_limit(worker, monkeypatch):
