@@ -84,6 +84,11 @@ class Failing:
         return output
 
 
+def without_regions(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The scores of ``noisy`` alone."""
+    return noisy(images, prompts).score
+
+
 def slow(images: Tensor, prompts: Sequence[Prompt], marker: str, seconds: float) -> RewardOutput:
     """``score``, after making a file and waiting."""
     Path(marker).touch()

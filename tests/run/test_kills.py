@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,27 @@ def test_killed_again_and_again(weights: Path, whole: dict[str, Any], tmp_path: 
         killed_at(weights, tmp_path, name, passing)
     Trainer(make_config(weights, tmp_path)).run()
     assert outcome(tmp_path) == whole
+
+
+@pytest.mark.parametrize("reward", ["tiny_runs:noisy", "tiny_runs:without_regions"])
+def test_killed_before_an_update_that_reuses_pictures(weights: Path, tmp_path: Path, reward: str) -> None:
+    """Pictures, scores and regions that are waiting for it come back."""
+
+    def config(out: Path) -> TrainConfig:
+        made = make_config(weights, out)
+        method = replace(made.method, suffix_state="reused", continuations=2)
+        optimizer = replace(made.optimizer, learning_rate=1e-2, warmup_updates=0)
+        run = replace(made.run, updates=5, save_every=1, keep=9, gallery_every=1)
+        return replace(made, method=method, optimizer=optimizer, run=run, reward=reward)
+
+    Trainer(config(tmp_path / "whole")).run()
+    with faults.armed(Killer("checkpoint begins", 4)), pytest.raises(Killed):
+        Trainer(config(tmp_path / "killed")).run()
+    trainer = Trainer(config(tmp_path / "killed"))
+    assert trainer.update == 3
+    assert trainer.kept is not None
+    trainer.run()
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_processes_really_killed(tmp_path: Path) -> None:

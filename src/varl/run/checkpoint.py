@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import varl
@@ -97,7 +98,19 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """The names of its tensors."""
-        return sorted(HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata)
+        return sorted(self._stored())
+
+    def empty(self, group: str) -> dict[str, Tensor]:
+        """New tensors to fill, of the shapes and types that are stored, for all names that begin with ``group.``."""
+        return {
+            name: torch.empty(stored.size, dtype=stored.properties.dtype)
+            for name, stored in self._stored().items()
+            if name.startswith(f"{group}.")
+        }
+
+    def _stored(self) -> dict[str, TensorStorageMetadata]:
+        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
+        return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors in place (sharded ones too), by name. Collective where there are several processes.

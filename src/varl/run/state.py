@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from varl.adapters import adapter_state
 from varl.run.checkpoint import Checkpoint
+from varl.run.pending import pending_pictures, restored_pictures
 
 if TYPE_CHECKING:
     from varl.trainer import Trainer
@@ -45,8 +46,10 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "failures": list(trainer.failures.shares),
         "fingerprint": trainer.fingerprint,
     }
+    pending, values["pending"] = pending_pictures(trainer)
     moments = stored_moments(_trained(trainer), trainer.learner.optimizer)
-    return _weights(trainer) | _named("optimizer", moments) | _named("rng", rng_state()), values
+    groups = {"optimizer": moments, "rng": rng_state(), "pending": pending}
+    return _weights(trainer) | {k: v for name, own in groups.items() for k, v in _named(name, own).items()}, values
 
 
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
@@ -63,13 +66,17 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.stream.load_state_dict(values["prompts"])
     moments = [name.removeprefix("optimizer.") for name in checkpoint.names() if name.startswith("optimizer.")]
-    rng = rng_state()
+    rng, pending = rng_state(), checkpoint.empty("pending")
     checkpoint.load(
         _weights(trainer)
         | _named("optimizer", new_moments(_trained(trainer), trainer.learner.optimizer, moments))
         | _named("rng", rng)
+        | pending
     )
     set_rng_state(rng)
+    if values["pending"] is not None:
+        tensors = {name.removeprefix("pending."): value for name, value in pending.items()}
+        trainer.kept = restored_pictures(trainer, tensors, values["pending"])
     trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
     trainer.learner.steps_taken, trainer.evaluated = values["steps_taken"], values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
