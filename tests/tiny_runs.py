@@ -17,7 +17,17 @@ from varl.models.inkling import Inkling, InklingConfig, save
 from varl.policy import Prompt
 from varl.rewards import RewardOutput
 
-TINY = InklingConfig(grids=(1, 2, 3, 6, 12), codes=32, coarse=8, fine=4, decoder=8, width=32, depth=2, heads=2)
+SHAPE = {
+    "grids": [1, 2, 3, 6, 12],
+    "codes": 32,
+    "coarse": 8,
+    "fine": 4,
+    "decoder": 8,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+}
+TINY = InklingConfig(**SHAPE)
 
 
 def tiny_weights(path: Path, config: InklingConfig = TINY) -> Path:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from varl import commands
 from varl.errors import InputError, Interrupted, RunError, checking
+from varl.recipes import check_nulls, check_recipe, recipes_in
 
 __all__ = ["main"]
 
@@ -73,7 +74,11 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
                     f"{word} would replace all of policy.config.{deep[1]}: set it in the recipe, or give "
                     f"--policy.config.{deep[1]} as a whole, '{{...}}'"
                 )
-        parsed = parser.instantiate(parser.parse_args(words))
+        for path in recipes_in(words):
+            check_recipe(path)
+        values = parser.parse_args(words)
+        check_nulls(command.config, values.as_dict())
+        parsed = parser.instantiate(values)
         parsed.pop("config", None)
         return command.config(**vars(parsed))
 

@@ -29,9 +29,11 @@ __all__ = [
 CHECKED_AT_ONCE = 32
 # A straight single quote opens only where no letter is before it, and closes only where none is after it: `don't` and
 # `the dogs' bowl` hold apostrophes, 'DON'T WALK' one text.
-_QUOTED = re.compile(r"""
-    "([^"]*)" | “([^”]*)” | (?<!\w)‘(.*?)’(?!\w) | (?<!\w)'(?=[^\s'])(.*?)(?<=\S)'(?!\w)
-""", re.VERBOSE)  # fmt: skip
+_OPEN = re.compile(r"""["“]|(?<!\w)‘|(?<!\w)'(?=[^\s'])""")
+_CLOSE = {
+    '"': re.compile('"'), "“": re.compile("”"), "‘": re.compile(r"’(?!\w)"), "'": re.compile(r"(?<=\S)'(?!\w)")
+}  # fmt: skip
+_MOST_LABELS = 1_000_000
 _FIELDS = ("text", "words", "boxes", "label")
 _RIGHT = {
     ".json": 'CVTG-2K\'s format is {"data_list": [{"prompt": "... \'SALE\' ..."}, ...]}',
@@ -42,9 +44,23 @@ _RIGHT = {
 def quoted_words(text: str) -> tuple[str, ...]:
     """The texts in pairs of single or double quotes, straight or curly, in order; one entry a region.
 
-    A quote inside another pair is part of the outer text; apostrophes are not quotes; blank pairs are left out.
+    A quote inside another pair is part of the outer text; apostrophes are not quotes; blank pairs are left out. Single
+    quotes pair within a line.
     """
-    found = ("".join(match.groups(default="")).strip() for match in _QUOTED.finditer(text))
+    found: list[str] = []
+    at, barren = 0, dict.fromkeys(_CLOSE, 0)  # no quote of a kind closes before its place in ``barren``: time is linear
+    while opening := _OPEN.search(text, at):
+        kind, at = opening[0], opening.end()
+        if at <= barren[kind]:
+            continue
+        line_end = text.find("\n", at) if kind in "'‘" else -1
+        end = len(text) if line_end < 0 else line_end
+        closing = _CLOSE[kind].search(text, at, end)
+        if closing is None:
+            barren[kind] = end
+            continue
+        found.append(text[at : closing.start()].strip())
+        at = closing.end()
     return tuple(word for word in found if word)
 
 
@@ -87,9 +103,10 @@ def load_prompts(path: str | Path) -> list[Prompt]:
 def _parse(content: str, where: str, suffix: str) -> Any:
     try:
         return json.loads(content)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if suffix == ".json" else ""
-        raise ValueError(f"{where}{line}: not valid JSON ({error.msg}); {_RIGHT[suffix]}") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or nesting without end
+        line = f", line {error.lineno}" if suffix == ".json" and isinstance(error, json.JSONDecodeError) else ""
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{where}{line}: not valid JSON ({reason}); {_RIGHT[suffix]}") from error
 
 
 def _from_cvtg(content: str, path: Path) -> Iterator[Prompt]:
@@ -99,7 +116,7 @@ def _from_cvtg(content: str, path: Path) -> Iterator[Prompt]:
         raise ValueError(f"{path} has no list 'data_list'; {_RIGHT['.json']}")
     for number, entry in enumerate(entries):
         text = entry.get("prompt") if isinstance(entry, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        if not _is_text(text) or not text.strip():
             raise ValueError(f"{path}, data_list[{number}] has no text 'prompt'; {_RIGHT['.json']}")
         yield Prompt(text, quoted_words(text))
 
@@ -113,14 +130,14 @@ def _from_object(data: Any, where: str) -> Prompt:
     unknown = sorted(set(data) - set(_FIELDS))
     need(not unknown, f"unknown field {', '.join(unknown)} (fields are {', '.join(_FIELDS)})")
     text, label = data.get("text", ""), data.get("label")
-    need(isinstance(text, str), f"text must be a string, got {text!r}")
-    is_label = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+    need(_is_text(text), f"text must be a string, got {text!r}")
+    is_label = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < _MOST_LABELS
     need(label is None or is_label, f"label must be a class index, got {label!r}")
     need(bool(text.strip()) or label is not None, "there is neither a text nor a label")
     words = data.get("words")
     if words is None:
         words = quoted_words(text)
-    listed = isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)
+    listed = isinstance(words, list | tuple) and all(_is_text(w) and w.strip() for w in words)
     need(listed, f"words must be a list of texts, got {words!r}")
     boxes = data.get("boxes") or []
     need(isinstance(boxes, list) and all(map(_is_box, boxes)), "boxes must be a list of [left, top, right, bottom], "
@@ -128,6 +145,11 @@ def _from_object(data: Any, where: str) -> Prompt:
     need(len(boxes) in (0, len(words)), f"there are {len(boxes)} boxes for {len(words)} words")
     typed: list[Box] = [(float(b[0]), float(b[1]), float(b[2]), float(b[3])) for b in boxes]
     return Prompt(text, tuple(words), tuple(typed), label)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string without halves of surrogate pairs, which JSON can spell but nothing can write."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _is_box(box: Any) -> bool:
@@ -292,6 +314,8 @@ def label_prompts(span: str) -> list[Prompt]:
     match = re.fullmatch(r"(\d+)-(\d+)", span)
     if match is None or int(match[1]) > int(match[2]):
         raise ValueError(f"labels are given as first-last, for example labels:0-999; got labels:{span}")
+    if len(match[2]) > 6:
+        raise ValueError(f"labels go up to {_MOST_LABELS - 1}; got labels:{span}")
     return [Prompt(label=label) for label in range(int(match[1]), int(match[2]) + 1)]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -93,7 +91,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not an index of shards with a weight_map: {error!r}") from error
     missing = [name for name in shards if not (path.parent / name).is_file()]
     if missing:
@@ -102,14 +100,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path, nested: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    # A file of a stranger can fail to be read in ways of its own: whatever it is, it is the file's fault.
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except Exception as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:
         cut = isinstance(error, OSError) and error.errno == errno.EINVAL
         reason = "it is cut short" if cut else str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is not a whole torch file of plain tensors: {reason}") from error

@@ -155,7 +155,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             if not isinstance(line, dict) or not isinstance(line.get("update"), int):
                 raise ValueError("not an object with an integer 'update'")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(raw):  # no line end: the write was interrupted
                 logger.warning("%s, line %d is half written and dropped", path, number)
                 break

@@ -58,6 +58,12 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
 
 
 def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
-    policy = Inkling(fill(InklingConfig, config, f"the Inkling of {source}"))
+    try:
+        shape = fill(InklingConfig, config, f"the Inkling of {source}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    with torch.device("meta"):
+        load_strict(Inkling(shape), tensors, source)  # before memory is taken for what the file does not hold
+    policy = Inkling(shape)
     load_strict(policy, tensors, source)
     return policy.eval()

@@ -50,6 +50,13 @@ class InklingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", tuple(self.grids))
         sides = self.grids
+        for name, most in (("codes", 2**20), ("coarse", 2**12), ("fine", 2**12), ("decoder", 2**12), ("width", 2**14),
+                           ("depth", 2**8), ("heads", 2**8)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"Inkling's {name} must be a whole number from 1 to {most}, got {value!r}")
+        if not all(isinstance(side, int) for side in sides):
+            raise ValueError(f"Inkling's grids must be whole numbers, got {sides}")
         if len(sides) < 2 or min(sides) < 1 or sides[-1] not in (6, 12, 24) or sides[-1] % sides[-2]:
             raise ValueError(
                 f"Inkling's grids must be two at least, the last of side 6, 12 or 24 and a multiple of the one before; "
