@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,7 @@ def prompts_of(path: Path, content: bytes) -> None:
     try:
         prompts = load_prompts(path)
     except ValueError as error:
-        assert str(path) in str(error)
+        assert str(path) in str(error)  # noqa: PT017
         return
     for prompt in prompts:
         assert prompt.text.strip() or prompt.label is not None
@@ -187,7 +188,9 @@ def test_quotes_are_those_of_the_rule(text: str) -> None:
 
 @pytest.mark.parametrize("unit", [" 'a", " \"'a", " ‘a", "“ 'c’ \"", "\n'a ", " 'a' 'b"])
 def test_quotes_without_end_take_no_time(unit: str) -> None:
-    settings(max_examples=1, deadline=2000)(given(st.just(unit * 30_000))(quoted_words))()
+    started = time.process_time()
+    quoted_words(unit * 30_000)
+    assert time.process_time() - started < 5  # with the square of the length it would be minutes
 
 
 def test_endless_labels_are_refused() -> None:
@@ -283,7 +286,7 @@ def test_files_of_any_bytes(tmp_path: Path, content: bytes) -> None:
     for ending in ("pth", "safetensors", "index.json", "bin"):
         path = tmp_path / f"a.{ending}"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="a."):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
             read_tensors(path)
 
 
@@ -309,7 +312,6 @@ def test_manifests_with_bytes_changed(tmp_path: Path, files: dict[str, bytes], e
 
 @fuzz
 @given(values | st.dictionaries(st.sampled_from(["sha256", "format", "files", "values", "update", "best"]), values))
-@example(json.loads("[" * 500 + "]" * 500))
 def test_manifests_of_any_values(tmp_path: Path, manifest: Any) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Damaged):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from varl import updates
 from varl.adapters import WithoutAdapters, add_adapters, load_adapters, merged, save_adapters, with_adapters
 from varl.config import PolicyConfig, TrainConfig
-from varl.errors import RunError
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.models import load_policy, save_policy
@@ -321,11 +320,11 @@ class Trainer:
             Interrupted: after SIGTERM or SIGINT, with a checkpoint of the update that was under way.
             RunError: if a file cannot be written, too much failed, or the reward is hacked and that is to stop the run.
         """
-        run, every = self.config.run, self.config.evaluation.every
+        run, every, stops = self.config.run, self.config.evaluation.every, self.config.evaluation.alarm_stops
         with self.folder, Interrupts() as interrupts:
             if self.held_out and self.evaluated is None:
                 self.evaluate()
-            stop: Exception | None = self._alarm() or interrupts.error
+            stop: Exception | None = self.folder.hacked(stops) or interrupts.error
             while stop is None and self.update < run.updates:
                 record = self.step()
                 self.folder.metrics.write(record)
@@ -335,7 +334,7 @@ class Trainer:
                 last = self.update == run.updates
                 if self.held_out and (last or self._due(every, after=True)):
                     self.evaluate()
-                stop = stop or self._alarm() or interrupts.error
+                stop = stop or self.folder.hacked(stops) or interrupts.error
                 is_best = self.best is not None and self.best[0] == self.update
                 if last or is_best or self.update % run.save_every == 0:
                     self.save()
@@ -381,16 +380,6 @@ class Trainer:
             state.restore(self, checkpoint)
             logger.info("going on from update %d", self.update)
         self.folder.begin(self.update)
-
-    def _alarm(self) -> RunError | None:
-        """What to stop with if the last evaluation raised the alarm and that is to stop the run."""
-        falling = self.folder.alarm() if self.config.evaluation.alarm_stops else []
-        if not falling:
-            return None
-        return RunError(
-            f"the training reward rises while held-out {', '.join(falling)} falls: the reward is hacked. The best "
-            f"weights are in {self.folder.path / 'best.safetensors'}; --evaluation.alarm_stops false goes on regardless"
-        )
 
     def _finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""

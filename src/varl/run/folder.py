@@ -20,6 +20,7 @@ from torch import Tensor
 
 import varl
 from varl.config import TrainConfig
+from varl.errors import RunError
 from varl.evaluation.alarm import falling_metrics
 from varl.evaluation.held_out import Evaluation, paired_difference
 from varl.policy import Prompt
@@ -126,9 +127,8 @@ class RunFolder:
     def note_micro_batches(self, sizes: dict[str, int]) -> None:
         """Keep them for when the run is gone on with."""
         path = self.path / "micro_batches.json"
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(sizes))
-        os.replace(beside, path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(sizes))
 
     def gallery(
         self,
@@ -192,13 +192,18 @@ class RunFolder:
             )
         return falling
 
-    def alarm(self) -> list[str]:
-        """The held-out metrics that fell while the training reward rose, by the last evaluation."""
-        evaluated = self.evaluated()
+    def hacked(self, stops: bool) -> RunError | None:
+        """What to stop with if the last evaluation raised the alarm, and that is to stop the run."""
+        evaluated = self.evaluated() if stops else []
         if not evaluated:
-            return []
-        falling: list[str] = json.loads(self._evaluation(evaluated[-1], "json").read_text())["alarm"]
-        return falling
+            return None
+        falling = json.loads(self._evaluation(evaluated[-1], "json").read_text())["alarm"]
+        if not falling:
+            return None
+        return RunError(
+            f"the training reward rises while held-out {', '.join(falling)} falls: the reward is hacked. The best "
+            f"weights are in {self.path / 'best.safetensors'}; --evaluation.alarm_stops false goes on regardless"
+        )
 
     def evaluated(self) -> list[int]:
         """After how many updates there were evaluations, in order."""
