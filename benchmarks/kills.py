@@ -2,7 +2,8 @@
 
 Every time the same command is given again, until the run is finished; then all it left must be, to the byte, what a run
 leaves that was never killed, timings apart. The run is small and does everything: both kinds of update, evaluations,
-checkpoints every other update, a reward with randomness of its own.
+checkpoints every other update, a reward with randomness of its own. Then what checkpoints cost is measured: of the
+embedded model with its reference and optimizer, and of a gigabyte of tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from varl.cli import main as command_line
+from varl.models import load_policy
 from varl.policy import Prompt
+from varl.run.checkpoint import Checkpoints
 from varl.run.metrics import read_metrics
 
 __all__ = ["begin", "noisy_brightness", "outcome", "recipe", "sweep"]
@@ -132,6 +135,30 @@ def sweep(folder: Path, kills: int, updates: int, seed: int = 0) -> dict[str, An
     return {**found, "seconds_whole": round(seconds, 2), "seconds_lost_a_kill": round(lost, 2)}
 
 
+def costs(folder: Path, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Size of a checkpoint, and seconds: that the run waits, until it is on the disk, and to check and load it."""
+    checkpoints, started = Checkpoints(folder, 1), time.perf_counter()
+    checkpoints.save(1, tensors, {}, None)
+    waited = time.perf_counter() - started
+    checkpoints.wait()
+    written = time.perf_counter() - started
+    started = time.perf_counter()
+    found = Checkpoints(folder, 1).latest()
+    assert found is not None
+    found.load({name: torch.zeros_like(value) for name, value in tensors.items()})
+    loaded = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in found.path.iterdir())
+    seconds = {"seconds_waited": waited, "seconds_written": written, "seconds_resumed": loaded}
+    return {"megabytes": round(size / 1e6, 1), **{name: round(value, 3) for name, value in seconds.items()}}
+
+
+def _checkpoints() -> dict[str, dict[str, Tensor]]:
+    weights = load_policy("inkling").trainable.state_dict()
+    parts = ("policy", "reference", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    inkling = {f"{part}.{name}": value.clone() for part in parts for name, value in weights.items()}
+    return {"inkling": inkling, "gigabyte": {f"tensor.{i}": torch.rand(25_000_000) for i in range(10)}}
+
+
 def _finished(process: ForkServerProcess) -> None:
     process.join()
     if process.exitcode != 0:
@@ -147,6 +174,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = sweep(Path(folder), options.kills, options.updates, options.seed)
     print(json.dumps(found, indent=1))
+    for name, tensors in _checkpoints().items():
+        with tempfile.TemporaryDirectory() as folder:
+            print(name, json.dumps(costs(Path(folder), tensors)))
     return 1 if found["different"] else 0
 
 
