@@ -31,7 +31,7 @@ from varl.rollout import Rollout
 from varl.run import faults, state
 from varl.run.failures import FailureWindow
 from varl.run.folder import RunFolder
-from varl.run.signals import Interrupts
+from varl.run.loop import run_updates
 from varl.sizing import FIRST, fastest_micro_batch
 
 __all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
@@ -320,31 +320,7 @@ class Trainer:
             Interrupted: after SIGTERM or SIGINT, with a checkpoint of the update that was under way.
             RunError: if a file cannot be written, too much failed, or the reward is hacked and that is to stop the run.
         """
-        run, every, stops = self.config.run, self.config.evaluation.every, self.config.evaluation.alarm_stops
-        with self.folder, Interrupts() as interrupts:
-            if self.held_out and self.evaluated is None:
-                self.evaluate()
-            stop: Exception | None = self.folder.hacked(stops) or interrupts.error
-            while stop is None and self.update < run.updates:
-                record = self.step()
-                self.folder.metrics.write(record)
-                faults.point("metrics written")
-                progress(record)
-                stop = self.failures.add(record["failed_share"], record["skipped"] / self.config.method.epochs)
-                last = self.update == run.updates
-                if self.held_out and (last or self._due(every, after=True)):
-                    self.evaluate()
-                stop = stop or self.folder.hacked(stops) or interrupts.error
-                is_best = self.best is not None and self.best[0] == self.update
-                if last or is_best or self.update % run.save_every == 0:
-                    self.save()
-                self.folder.checkpoints.check()
-            if stop is not None and self.update < run.updates:
-                self.save()
-                self.folder.checkpoints.wait()
-                raise stop
-            self.folder.checkpoints.wait()
-            self._finish()
+        run_updates(self, progress)
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
@@ -381,7 +357,7 @@ class Trainer:
             logger.info("going on from update %d", self.update)
         self.folder.begin(self.update)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""
         faults.point("finish")
         if self.lora:
