@@ -124,6 +124,23 @@ def test_the_alarm_stops_a_run_if_asked_to(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "run")) == 10
 
 
+def test_an_alarm_that_was_not_saved_is_forgotten_by_a_killed_run(tmp_path: Path) -> None:
+    """Or the run would stop before it gets there again."""
+    config = make_config(tmp_path / "run", FALLS, 2, stops=True)
+    trainer = Trainer(config)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    trainer.save = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert alarms(tmp_path / "run") == [[], ["reward"]]
+    with pytest.raises(RunError, match="the reward is hacked"):
+        Trainer(config).run()
+    assert [line["update"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_the_best_is_kept(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", (3.0, 5.0, 5.0, 4.0), 0, stops=False)
     trainer = Trainer(replace(config, run=replace(config.run, keep=1)))

@@ -76,7 +76,7 @@ def test_signals_that_ask_the_run_to_stop_leave_its_reader_alone(worker):
 
 
 def _leave_open(connection):
-    worker = OcrWorker(make_reader=Moody)
+    globals()["held to the end"] = worker = OcrWorker(make_reader=Moody)
     worker.read(moods(9))
     connection.send(worker.pids)
 

@@ -53,8 +53,8 @@ def make_config(weights: Path, out: Path) -> TrainConfig:
         prompts=PromptConfig(count=3),
         reward="tiny_runs:noisy",
         method=MethodConfig(prompts=2, group=2, continuations=1, middle="grid:3", prefix_updates=1),
-        evaluation=EvaluationConfig(count=2, every=2),
-        run=RunConfig(out=out, updates=3, save_every=2, keep=1, device="cpu", gallery_every=0, diagnose_every=0),
+        evaluation=EvaluationConfig(count=2, every=3),
+        run=RunConfig(out=out, updates=4, save_every=2, keep=1, device="cpu", gallery_every=0, diagnose_every=0),
     )
 
 
