@@ -120,17 +120,14 @@ def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path,
 
 
 def test_a_run_goes_on_for_longer_and_survives_a_torn_checkpoint(weights: Path, tmp_path: Path) -> None:
-    """Evaluations after it was to end draw from the reward's generator, too, but leave it as it was."""
-    evaluation = EvaluationConfig(count=2)
-    whole = Trainer(replace(make_config(weights, tmp_path / "whole"), evaluation=evaluation))
+    whole = Trainer(make_config(weights, tmp_path / "whole"))
     whole.run()
-    parts = make_config(weights, tmp_path / "parts", run={"updates": 4, "save_every": 1})
-    Trainer(replace(parts, evaluation=evaluation)).run()
+    Trainer(make_config(weights, tmp_path / "parts", run={"updates": 4, "save_every": 1})).run()
     checkpoints = sorted((tmp_path / "parts" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["update-000003", "update-000004"]
     torn = next(checkpoints[-1].glob("*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:1000])
-    second = Trainer(replace(make_config(weights, tmp_path / "parts"), evaluation=evaluation))
+    second = Trainer(make_config(weights, tmp_path / "parts"))
     assert second.update == 3
     assert [line["update"] for line in metrics(tmp_path / "parts")] == [1, 2, 3]
     second.run()

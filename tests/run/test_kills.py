@@ -101,6 +101,14 @@ def test_killed_again_and_again(weights: Path, whole: dict[str, Any], tmp_path: 
     assert outcome(tmp_path) == whole
 
 
+def test_an_evaluation_more_changes_no_number(weights: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """That at the end of a run that is then gone on with: its reward draws from the global generator."""
+    config = make_config(weights, tmp_path)
+    Trainer(replace(config, run=replace(config.run, updates=2))).run()
+    Trainer(config).run()
+    assert outcome(tmp_path)["metrics"] == whole["metrics"]
+
+
 @pytest.mark.parametrize("reward", ["tiny_runs:noisy", "tiny_runs:without_regions"])
 def test_killed_before_an_update_that_reuses_pictures(weights: Path, tmp_path: Path, reward: str) -> None:
     """Pictures, scores and regions that are waiting for it come back."""
