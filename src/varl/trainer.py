@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varl import updates
 from varl.adapters import (
     WithoutAdapters,
     adapter_state,
-    add_adapters,
     load_adapter_state,
-    load_adapters,
     merged,
     save_adapters,
     with_adapters,
 )
-from varl.config import PolicyConfig, TrainConfig
+from varl.config import TrainConfig
+from varl.distributed import Distributed
+from varl.ema import Average
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
-from varl.models import load_policy
-from varl.models.blocks import blocks_of
+from varl.loading import autocast, choose_device, frozen_copy, prepare
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, check_prompts, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
@@ -40,75 +38,9 @@ from varl.rollout import Rollout
 from varl.run.folder import RunFolder
 from varl.sizing import FIRST, fastest_micro_batch
 
-__all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """A copy of the policy whose trainable part is its own and frozen, and whose other parts are shared."""
-    module = cast(nn.Module, policy)
-    kept = {id(part): part for part in module.children() if part is not policy.trainable}
-    twin = copy.deepcopy(module, memo=dict(kept))
-    for parameter in cast(Policy, twin).trainable.parameters():
-        parameter.requires_grad_(False)
-    if any(block._compiled_call_impl is not None for block in blocks_of(policy.trainable)):
-        _compile(cast(Policy, twin))
-    return cast(Policy, twin)
-
-
-def _compile(policy: Policy) -> None:
-    """Compile the blocks, each once for grids of any size."""
-    for block in blocks_of(policy.trainable):
-        block.compile(dynamic=True)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU if there is one.
-
-    Raises:
-        ValueError: if ``cuda`` is asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {name}, but torch sees no GPU; use auto or cpu")
-    return torch.device(name)
-
-
-def prepare(config: PolicyConfig, device: torch.device) -> Policy:
-    """Load a policy as a run uses it: on its device, only what is trained with gradients, adapters if asked for.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
-    """
-    config = with_adapters(config)
-    policy = load_policy(config.family, config.config, config.weights)
-    if getattr(policy, "tokenizer", None) is None:
-        raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
-    # Not every parameter of the trainable part is one: a family may keep some fixed.
-    trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
-    cast(nn.Module, policy).to(device).eval().requires_grad_(False)
-    if config.adapters is not None:
-        load_adapters(policy, Path(config.adapters))
-    elif config.lora.rank:
-        add_adapters(policy, config.lora)
-    else:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    if config.checkpointing:
-        if not hasattr(policy.trainable, "checkpointing"):
-            raise ValueError(f"policy.checkpointing is not there for {config.family}")
-        policy.trainable.checkpointing = True  # type: ignore[assignment]
-    if config.compile:
-        _compile(policy)
-    return policy
-
-
-def autocast(config: PolicyConfig, device: torch.device, drawing: bool = False) -> torch.autocast:
-    """The precision that a policy computes in, or draws pictures in."""
-    precision = (config.rollout_precision if drawing else None) or config.precision
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 OVERLAPPING = 4
@@ -143,25 +75,25 @@ class Trainer:
         ValueError, FileNotFoundError: before any work starts, if the configuration cannot be carried out.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, distributed: Distributed | None = None) -> None:
         config = replace(config, policy=with_adapters(config.policy))
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
-        self.device = choose_device(run.device)
-        self.policy = prepare(config.policy, self.device)
+        self.distributed = distributed or Distributed.here(config.parallel, choose_device(run.device))
+        self.device = self.distributed.device
+        self.policy = prepare(config.policy, self.distributed.loads_on)
         self.schedule = self.policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
         for kind in ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,):
-            updates.plan(kind, config.method, self.schedule)
+            plan = updates.plan(kind, config.method, self.schedule)
+            self.distributed.share(config.method.prompts * plan.sequences)
 
         p, e = config.prompts, config.evaluation
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
             raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
-        check_prompts(self.policy, prompts, self.schedule)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
-        check_prompts(self.policy, self.held_out, self.schedule)
         for name, sampling in (("sampling", config.sampling), ("evaluation.sampling", e.sampling or config.sampling)):
             if sampling.top_k > self.policy.classes:
                 raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
@@ -170,6 +102,12 @@ class Trainer:
         self.reference: Policy | None = None
         if config.method.needs_reference:
             self.reference = cast(Policy, WithoutAdapters(self.policy)) if self.lora else frozen_copy(self.policy)
+        self._models = [self.policy] if self.lora or self.reference is None else [self.policy, self.reference]
+        for policy in self._models:
+            self.distributed.place(policy, config.policy.precision)
+        with self.distributed.gathered(self.policy):
+            for asked in (prompts, self.held_out):
+                check_prompts(self.policy, asked, self.schedule)
         self.learner = Learner(
             self.policy,
             self.reference,
@@ -177,13 +115,15 @@ class Trainer:
             config.optimizer,
             config.sampling,
             FIRST if run.micro_batch == "auto" else run.micro_batch,
+            self.distributed,
         )
+        self.ema = Average(self.policy.trainable, run.ema) if run.ema else None
         self.update, self.pictures = 0, 0
         self.seconds: dict[str, float] = defaultdict(float)
         self._inside = 0.0
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
-        self.folder = RunFolder(config)
+        self.folder = RunFolder(config, self.distributed.main)
         self._resume()
 
     @contextmanager
@@ -199,87 +139,102 @@ class Trainer:
 
     def precision(self, drawing: bool = False) -> torch.autocast:
         """Where the policy computes: in bf16 if the configuration says so, with the weights in fp32."""
-        return autocast(self.config.policy, self.device, drawing)
+        return autocast(self.config.policy, self.device, drawing, not self.distributed.sharded)
 
     def step(self) -> dict[str, Any]:
         """One update; returns its record for the log."""
         method, self.seconds = self.config.method, defaultdict(float)
         plan = updates.plan(updates.kind_of_update(method, self.update), method, self.schedule)
-        shared = plan.tails if plan.kind == "suffix" else 1
+        total = method.prompts * plan.sequences
+        mine = self.distributed.share(total)
 
-        sampled = self._reused(plan) if plan.reuses else self._sample(plan)
+        sampled = self._reused(plan) if plan.reuses else self._sample(plan, mine)
         drawn, output = sampled.drawn, sampled.output
         with self.stage("return"), self.precision():
-            value_PG, valid_PG = updates.returns(
-                output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch
-            )
+            own = updates.returns(output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch)
+            value_PG, valid_PG = (self.distributed.gather(rows).view(-1, plan.group) for rows in own)
             advantages = updates.advantages(value_PG, valid_PG, method)
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
-            advantage_B=advantages.advantage_PG.flatten().float(),
-            valid_B=~advantages.dropped_P.repeat_interleave(plan.group),
+            advantage_B=advantages.advantage_PG.flatten()[mine.start : mine.stop].float(),
+            valid_B=~advantages.dropped_P.repeat_interleave(plan.group)[mine.start : mine.stop],
             mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
-            shared=shared,
+            shared=self._shared(plan),
             reference_logp_BL=sampled.reference_logp,
+            total=total,
         )
         record = self._record(plan, output, value_PG, advantages)
+        diagnose = self._due(self.config.run.diagnose_every) and not self.distributed.sharded
         with self.precision():
-            record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
+            record |= self.learner.learn(batch, self.stage, diagnose)
+        if self.ema is not None:
+            self.ema.update()
         self.update += 1
-        self.pictures += 0 if plan.reuses else len(sampled.images)
+        self.pictures += 0 if plan.reuses else method.prompts * plan.pictures
         record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
-        if self._due(self.config.run.gallery_every, after=True):
+        if self._due(self.config.run.gallery_every, after=True) and self.distributed.main:
             self._show(sampled, plan, advantages.advantage_PG.flatten(), mask)
         return record
 
-    def _sample(self, plan: updates.Plan) -> Sampled:
-        """Draw an update's sequences, and score their pictures: afterwards, or while the next ones are drawn."""
+    def _sample(self, plan: updates.Plan, mine: range) -> Sampled:
+        """Draw this process's sequences, and score their pictures: afterwards, or while the next ones are drawn."""
         method, run = self.config.method, self.config.run
         prompts = [prompt for _, prompt in self.stream.next(method.prompts)]
-        shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
+        pictures = range(mine.start * plan.continuations, mine.stop * plan.continuations)
+        shown = [prompts[picture // plan.pictures] for picture in pictures]
         scoring = Scoring(self.reward, shown, self._pool)
+        by_reference = method.continuations_by == "reference"
 
         def finished(part: Rollout) -> None:
             with self.stage("decode"):
                 scoring.add(self._decode(part.actions))
 
-        with self.stage("condition"):
-            condition = self.policy.condition(prompts, self.schedule)
-        with self.stage("rollout"), self.precision(drawing=True):
-            drawn = updates.draw(
-                self.policy,
-                condition,
-                plan,
-                self.config.sampling,
-                (run.seed, self.update),
-                self.reference if method.continuations_by == "reference" else None,
-                run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
-                finished,
-            )
-        shared = plan.tails if plan.kind == "suffix" else 1
+        with self.distributed.gathered(*self._models[: 1 + by_reference], stage=self.stage):
+            with self.stage("condition"):
+                condition = self.policy.condition(prompts, self.schedule)
+            with self.stage("rollout"), self.precision(drawing=True):
+                drawn = updates.draw(
+                    self.policy,
+                    condition,
+                    plan,
+                    self.config.sampling,
+                    (run.seed, self.update),
+                    self.reference if by_reference else None,
+                    run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
+                    finished,
+                    mine,
+                )
         if run.micro_batch == "auto":
-            self.learner.micro_batch = self._micro_batch(plan, drawn.trained, shared)
+            self.learner.micro_batch = self._micro_batch(plan, drawn.trained)
         with self.stage("reference"), self.precision():
-            reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, shared)
+            reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, self._shared(plan))
         with self.stage("reward"):
             images, output = scoring.result()
         sampled = Sampled(shown, drawn, images, output, reference_logp)
         self.kept = sampled if method.suffix_state == "reused" else None
         return sampled
 
-    def _micro_batch(self, plan: updates.Plan, sequences: Rollout, shared: int) -> int:
+    def _micro_batch(self, plan: updates.Plan, sequences: Rollout) -> int:
         """What the first update of a kind measured, noted in the run folder so that a resumed run sums alike."""
-        known = self.folder.micro_batches()
+        known = self.distributed.gather_values(self.folder.micro_batches())[0]
         if plan.kind not in known:
             with self.stage("measuring"), self.precision():
-                known[plan.kind] = fastest_micro_batch(self.learner, sequences, plan.steps, shared)
+                fastest = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
+            known[plan.kind] = min(self.distributed.gather_values(fastest))
             logger.info("%s updates take %d sequences at a time", plan.kind, known[plan.kind])
-            self.folder.note_micro_batches(known)
+            if self.distributed.main:
+                self.folder.note_micro_batches(known)
         return known[plan.kind]
+
+    def _shared(self, plan: updates.Plan) -> int:
+        """Adjacent sequences of this process that surely go on from one prefix."""
+        if plan.kind != "suffix":
+            return 1
+        return math.gcd(plan.tails, len(self.distributed.share(self.config.method.prompts * plan.sequences)))
 
     def _reused(self, plan: updates.Plan) -> Sampled:
         """What the prefix update before drew and scored, as groups of continuations."""
@@ -287,7 +242,7 @@ class Trainer:
         kept, self.kept = self.kept, None
         whole = kept.drawn.whole
         with self.stage("reference"), self.precision():
-            reference_logp = self.learner.reference_logp(whole, plan.steps, plan.tails)
+            reference_logp = self.learner.reference_logp(whole, plan.steps, self._shared(plan))
         return replace(kept, drawn=updates.Drawn(whole, whole), reference_logp=reference_logp)
 
     def _show(self, sampled: Sampled, plan: updates.Plan, advantage_B: Tensor, mask: Tensor | None) -> None:
@@ -310,32 +265,33 @@ class Trainer:
             self.evaluate()
         while self.update < self.config.run.updates:
             record = self.step()
-            self.folder.metrics.write(record)
-            progress(record)
+            if self.distributed.main:
+                self.folder.metrics.write(record)
+                progress(record)
             last = self.update == self.config.run.updates
             if self.held_out and (last or (every and self.update % every == 0)):
                 self.evaluate()
             if last or self.update % self.config.run.save_every == 0:
                 self.save()
-        if self.lora:
-            save_adapters(self.policy, self.config.policy.lora, self.folder.path / "adapters.safetensors")
-        with merged(self.policy) if self.lora else nullcontext():
-            self.folder.finish(self.policy)
+        self._finish()
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
-        result = evaluate(
-            self.policy,
-            self.held_out,
-            self.config.evaluation.sampling or self.config.sampling,
-            self.reward,
-            seed=self.config.evaluation.seed,
-            batch=self.config.run.picture_batch,
-            schedule=self.schedule,
-            precision=self.precision(),
-        )
-        self.folder.evaluation(self.update, self.pictures, result)
+        with self._averaged(), self.distributed.gathered(self.policy):
+            result = evaluate(
+                self.policy,
+                self.held_out,
+                self.config.evaluation.sampling or self.config.sampling,
+                self.reward,
+                seed=self.config.evaluation.seed,
+                batch=self.config.run.picture_batch,
+                schedule=self.schedule,
+                precision=self.precision(),
+                distributed=self.distributed,
+            )
+        if self.distributed.main:
+            self.folder.evaluation(self.update, self.pictures, result)
         return result
 
     def save(self) -> None:
@@ -350,25 +306,46 @@ class Trainer:
         }
         if self.reference is not None and not self.lora:
             state["reference"] = self.reference.trainable.state_dict()
-        self.folder.checkpoints.save(self.update, state)
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        state = self.distributed.whole(state)
+        if self.distributed.main:
+            self.folder.checkpoints.save(self.update, state)
 
     def _resume(self) -> None:
         state = self.folder.checkpoints.load(self.device)
-        if state is None:
-            self.folder.metrics.truncate_after(0)
-            return
-        self.update, self.pictures = state["update"], state["pictures"]
-        if self.lora:
-            load_adapter_state(self.policy, state["policy"])
-        else:
-            self.policy.trainable.load_state_dict(state["policy"])
-        self.learner.load_state_dict(state["learner"])
-        self.stream.load_state_dict(state["prompts"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        if self.reference is not None and not self.lora:
-            self.reference.trainable.load_state_dict(state["reference"])
-        self.folder.metrics.truncate_after(self.update)
-        logger.info("going on from update %d", self.update)
+        if state is not None:
+            self.update, self.pictures = state["update"], state["pictures"]
+            if self.lora:
+                load_adapter_state(self.policy, self.distributed.spread(state["policy"], adapter_state(self.policy)))
+            else:
+                self._load(self.policy, state["policy"])
+            self.learner.load_state_dict(state["learner"])
+            self.stream.load_state_dict(state["prompts"])
+            torch.set_rng_state(state["torch_rng"].cpu())
+            if self.reference is not None and not self.lora:
+                self._load(self.reference, state["reference"])
+            if self.ema is not None:
+                self.ema.load_state_dict(self.distributed.spread(state["ema"], self.ema.state_dict()))
+            logger.info("going on from update %d", self.update)
+        if self.distributed.main:
+            self.folder.metrics.truncate_after(self.update)
+
+    def _load(self, policy: Policy, state: dict[str, Tensor]) -> None:
+        policy.trainable.load_state_dict(self.distributed.spread(state, policy.trainable.state_dict()))
+
+    def _finish(self) -> None:
+        """Write the finished weights in the family's own format, and adapters as a file of their own."""
+        lora, path = self.config.policy.lora, self.folder.path / "adapters.safetensors"
+        with self._averaged():
+            if self.lora:
+                self.distributed.export(self.policy, lambda: save_adapters(self.policy, lora, path))
+            with merged(self.policy) if self.lora else nullcontext():
+                self.distributed.export(self.policy, lambda: self.folder.finish(self.policy))
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Where the policy is what is evaluated and exported: the average of its weights, if one is kept."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _due(self, every: int, after: bool = False) -> bool:
         return every > 0 and (self.update if after else self.update + 1) % every == 0
@@ -378,13 +355,13 @@ class Trainer:
         return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
 
     def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:
-        fine = ~output.failed
-        parts = {"score": output.score, **output.parts}
-        kept = ~advantages.dropped_P
+        scores, kept = self.distributed.gather_scores(output), ~advantages.dropped_P
+        fine = ~scores.failed
+        parts = {"score": scores.score, **scores.parts}
         return {
             "kind": plan.kind,
             "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
-            "failed_pictures": int(output.failed.sum()),
+            "failed_pictures": int(scores.failed.sum()),
             "return": float(value_PG[kept].mean()) if kept.any() else None,
             "group_std": float(advantages.group_std_P[kept].mean()) if kept.any() else None,
             "zero_variance_groups": float(advantages.zero_variance_P.float().mean()),

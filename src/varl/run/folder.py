@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunFolder", "plain"]
 
-_MAY_CHANGE = {"run": ("out", "updates", "device", "threads", "save_every", "keep", "gallery_every", "diagnose_every")}
+_MAY_CHANGE = {
+    "run": ("out", "updates", "device", "threads", "save_every", "keep", "gallery_every", "diagnose_every"),
+    "parallel": ("mode", "cpu_offload", "timeout"),
+}
 """Settings that may differ between a run and its continuation: none of them changes an update's numbers."""
 
 
@@ -46,15 +49,21 @@ def plain(value: Any) -> Any:
 class RunFolder:
     """The folder of one run.
 
+    Args:
+        main: whether this process writes it; others only read its checkpoints.
+
     Raises:
         ValueError: if the folder holds a run of another configuration; nothing is overwritten.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    metrics: MetricsWriter
+
+    def __init__(self, config: TrainConfig, main: bool = True) -> None:
         self.path = config.run.out
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._claim(plain(asdict(config)))
-        self.metrics = MetricsWriter(self.path)
+        if main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim(plain(asdict(config)))
+            self.metrics = MetricsWriter(self.path)
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep)
 
     def _claim(self, config: dict[str, Any]) -> None:
