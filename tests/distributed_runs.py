@@ -48,7 +48,7 @@ METHODS = {
 """Kinds of update. Of 12 sequences in groups of 4, two processes split a group and three do not."""
 RUNS = {
     1: [(kind, "ddp") for kind in METHODS],
-    2: [("alternate", "ddp"), ("full", "ddp"), ("alternate", "fsdp2"), ("reused", "fsdp2"), ("soft", "fsdp2")],
+    2: [("alternate", "ddp"), ("alternate", "fsdp2"), ("reused", "fsdp2"), ("soft", "fsdp2")],
     3: [("alternate", "ddp"), ("full", "fsdp2")],
 }
 """By number of processes: the kinds and modes that are run."""

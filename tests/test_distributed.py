@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import tiny_runs
 from varl.config import MethodConfig, ParallelConfig
 from varl.distributed import Distributed
 from varl.schedule import ScaleSchedule
+from varl.trainer import Trainer
 from varl.updates import plan
 
 SPREAD = 1e-6
@@ -158,13 +160,13 @@ def test_a_command_that_one_process_cannot_carry_out_says_so_once(folder: Path) 
     assert "here_only" in second.stderr
 
 
-def test_sequences_that_cannot_be_shared_equally_are_refused_once(folder: Path) -> None:
-    ended = processes.launch(3, *command(folder, "--method.group", "4", "--reward", "tiny_runs:score"))
-    said = "".join(process.stderr for process in ended)
-    assert sorted(process.returncode for process in ended) == [1, 1, 2]
-    assert said.count("error:") == 1
-    assert "8 sequences (method.prompts x method.group) cannot be shared equally by 3 processes" in said
-    assert not (folder / "command").exists()
+def test_sequences_that_cannot_be_shared_equally_are_refused_before_work(folder: Path) -> None:
+    three = Distributed()
+    three.size = 3
+    made = replace(distributed_runs.config(folder, "uneven"), method=MethodConfig(prompts=2, group=4))
+    with pytest.raises(ValueError, match=r"8 sequences .* cannot be shared equally by 3 processes; make them a multip"):
+        Trainer(made, three)
+    assert not made.run.out.exists()
 
 
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
