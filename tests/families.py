@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import varl.trainer
+import varl.loading
 from models.infinity import cases as infinity
 from models.switti import test_policy as switti
 from models.tokenflow import test_policy as tokenflow
 from models.var import test_policy as var
 from varl import log_probs
 from varl.config import PolicyConfig
+from varl.loading import prepare
 from varl.policy import Policy, Prompt
-from varl.trainer import prepare
 
 __all__ = ["FAMILIES", "Family", "actions_of", "every", "prepared", "prompts", "scored", "shaken"]
 
@@ -147,7 +147,7 @@ every = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.na
 
 def prepared(family: Family, monkeypatch: pytest.MonkeyPatch, **policy: Any) -> Policy:
     """The policy as a run has it, frozen where it must be."""
-    monkeypatch.setattr(varl.trainer, "load_policy", lambda *_: family.make())
+    monkeypatch.setattr(varl.loading, "load_policy", lambda *_: family.make())
     return prepare(PolicyConfig(family.make().family, **policy), torch.device("cpu"))
 
 

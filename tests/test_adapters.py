@@ -35,10 +35,11 @@ from varl.config import (
     RunConfig,
     TrainConfig,
 )
+from varl.loading import prepare
 from varl.models import load_policy, save_policy
 from varl.policy import Policy
 from varl.rollout import row_generators
-from varl.trainer import Trainer, prepare
+from varl.trainer import Trainer
 
 pytest.importorskip("peft")
 CONFIG = AdapterConfig(rank=4, alpha=8.0)

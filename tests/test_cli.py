@@ -16,9 +16,9 @@ from models.infinity.cases import SMALL
 from small import make_inkling, make_prompts
 from varl import Prompt, Sampling, cli, commands
 from varl.config import PolicyConfig
+from varl.loading import prepare
 from varl.policy import Condition, Policy
 from varl.prompts import check_prompts
-from varl.trainer import prepare
 
 SAMPLING = {"guidance": 1.5, "top_k": 20, "top_p": 0.9}
 

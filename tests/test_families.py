@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import varl.trainer
+import varl.loading
 from families import Family, actions_of, every, prepared, prompts, shaken
 from learning import stage
 from small import counting
@@ -31,6 +31,7 @@ from varl.config import (
     TrainConfig,
 )
 from varl.learner import Batch, Learner
+from varl.loading import frozen_copy
 from varl.models.infinity.config import InfinityConfig
 from varl.models.switti import Switti
 from varl.models.switti.policy import SwittiConfig
@@ -40,7 +41,7 @@ from varl.models.var.policy import VarConfig
 from varl.policy import Condition, Policy, Prompt
 from varl.rewards import RewardOutput
 from varl.schedule import ScaleSchedule
-from varl.trainer import Trainer, frozen_copy
+from varl.trainer import Trainer
 
 KINDS = ("full", "prefix", "suffix")
 ALPHA, BETA, CLIP, ETA, MIDDLE = 0.6, 0.3, 0.2, 1.0, 3
@@ -218,7 +219,7 @@ def test_a_run(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The trainer itself: a prefix update and a suffix update in bf16, saved."""
     lines = [json.dumps({"text": p.text, "words": p.words, "label": p.label}) for p in prompts(3)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(varl.trainer, "load_policy", lambda *_: family.make())
+    monkeypatch.setattr(varl.loading, "load_policy", lambda *_: family.make())
     config = TrainConfig(
         policy=PolicyConfig(family.make().family, precision="bfloat16", checkpointing=True),
         prompts=PromptConfig(source=str(tmp_path / "prompts.jsonl")),

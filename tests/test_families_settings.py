@@ -18,6 +18,7 @@ from varl.config import (
     AdapterConfig,
 )
 from varl.doctor import check_policy
+from varl.loading import frozen_copy
 from varl.models import load_policy, save_policy
 from varl.models.infinity.condition import TextEncoder
 from varl.models.switti.condition import TextEncoders
@@ -25,7 +26,6 @@ from varl.models.tokenflow.condition import PromptReader
 from varl.policy import Policy
 from varl.probe import probe
 from varl.rollout import row_generators
-from varl.trainer import frozen_copy
 
 LORA = AdapterConfig(rank=2, alpha=4.0)
 

@@ -16,7 +16,7 @@ from benchmarks.live import LiveStorage, saved_storages, storage_bytes
 from torch import nn
 
 import tiny_runs
-import varl.trainer
+import varl.loading
 from small import make_prompts
 from varl import Prompt, load_policy
 from varl.adapters import adapter_parameters, add_adapters
@@ -215,7 +215,7 @@ OWN = {"decode", "whole-bf16", "lora-bf16-checkpointing"}
     + [(family, "lora-bf16-checkpointing") for family in ("var", "infinity", "switti", "tokenflow")],
 )
 def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varl.trainer, "load_policy", with_texts)
+    monkeypatch.setattr(varl.loading, "load_policy", with_texts)
     config = small_run(family, tmp_path, **dict(RUNS[kind]))
     trainer = Trainer(config)
     trainer.step()
@@ -328,3 +328,17 @@ def test_the_example_reward() -> None:
     scores = colourfulness(torch.cat([grey, red, half]), [Prompt(label=0)] * 3)
     # Red is (1, 1/2) in the opponents: no spread, 0.3 times the root of 5/4. Half of it: half the mean, and spread.
     assert scores.tolist() == pytest.approx([0, 0.3 * 1.25**0.5, 0.65 * 1.25**0.5])
+
+
+def test_several_gpus_each_hold_the_weights_whole_to_draw() -> None:
+    found = estimate(TrainConfig())
+    gathered = [item for item in found.items if item.gathered]
+    assert [(item.name, item.phase, item.sharded) for item in gathered] == [
+        ("weights gathered to draw", "rollout", False)
+    ]
+    weights = next(item for item in found.items if item.name == "trainable transformer")
+    assert gathered[0].bytes == weights.bytes
+    own = sum(item.bytes for item in found.items if item.phase == "rollout" and not item.sharded)
+    shared = sum(item.bytes for item in found.items if item.phase == "rollout" and item.sharded)
+    assert found.of("rollout") == own + shared - weights.bytes
+    assert found.of("rollout", 4) == own + shared / 4

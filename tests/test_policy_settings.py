@@ -14,11 +14,12 @@ from test_trainer import make_config, metrics
 from tiny_runs import tiny_weights
 from varl.adapters import adapter_state, load_adapters
 from varl.config import AdapterConfig, PolicyConfig, TrainConfig
+from varl.loading import frozen_copy, prepare
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.rollout import rollout, row_generators
 from varl.scoring import log_probs
-from varl.trainer import Trainer, frozen_copy, prepare
+from varl.trainer import Trainer
 
 
 @pytest.fixture

@@ -122,7 +122,8 @@ def output(scores: list[float], regions: list | None = None) -> RewardOutput:
 
 def returns(policy: Inkling, plan: Plan, made: RewardOutput, method: MethodConfig, **options) -> tuple[Tensor, Tensor]:
     given = {"drawn": None, "policy": policy, "reference": None, "micro_batch": 4} | options
-    return updates.returns(made, plan=plan, method=method, **given)
+    value_B, valid_B = updates.returns(made, plan=plan, method=method, **given)
+    return value_B.view(-1, plan.group), valid_B.view(-1, plan.group)
 
 
 def test_returns_of_a_prefix_are_middle_returns(inkling: Inkling) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -97,6 +98,16 @@ def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
     return _read(name, command, ["--config", json.dumps(commands.from_recipe(recipe, command.config)), *rest])
 
 
+def _one_voice(name: str, command: Command, words: Sequence[str]) -> Any:
+    """``_settings``; of the processes that torchrun started on a machine, which all read the same, one complains."""
+    try:
+        return _settings(name, command, words)
+    except InputError:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            raise SystemExit(2) from None
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -114,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        config = _settings(name, command, rest)
-        return command.run(config) or 0
+        return command.run(_one_voice(name, command, rest)) or 0
     except InputError as error:
         console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
         return 2

@@ -13,10 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from varl.config import PolicyConfig, TrainConfig
+from varl.distributed import Distributed
 from varl.doctor import check_enough, check_policy, check_reader
 from varl.errors import checking
 from varl.evaluation.held_out import comparison_table
 from varl.evaluation.held_out import evaluate as evaluate_policy
+from varl.loading import autocast, choose_device, prepare
 from varl.models.inkling.checkpoint import save as save_inkling
 from varl.models.inkling.pretrain import PretrainConfig
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
@@ -31,7 +33,7 @@ from varl.run.folder import plain
 from varl.run.gallery import save_pictures
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
-from varl.trainer import Trainer, autocast, choose_device, prepare
+from varl.trainer import Trainer
 
 __all__ = ["doctor", "evaluate", "from_recipe", "generate", "plan", "pretrain", "probe", "train"]
 
@@ -72,9 +74,19 @@ def train(config: TrainConfig) -> None:
 
     The run folder holds the configuration, metrics (JSON lines and TensorBoard), pictures with their masks,
     evaluations, checkpoints and, at the end, the tuned weights. The same command goes on with a run that was stopped.
+
+    Started by torchrun, its processes share the work: torchrun --nproc-per-node 8 -m varl train RECIPE.
     """
     with checking():
-        trainer = Trainer(config)
+        distributed = Distributed.here(config.parallel, choose_device(config.run.device))
+    with distributed.guarded():
+        _train(config, distributed)
+
+
+def _train(config: TrainConfig, distributed: Distributed) -> None:
+    console.quiet = not distributed.main
+    with checking():
+        trainer = Trainer(config, distributed)
     total = config.run.updates
     about = f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}"
     console.print(about, soft_wrap=True)
@@ -90,6 +102,8 @@ def train(config: TrainConfig) -> None:
             bar.update(task, completed=record["update"], description=f"{record['kind']:>6}", note=note)
 
         trainer.run(show)
+    if not distributed.main:
+        return
     evaluated = trainer.folder.evaluated()
     if len(evaluated) > 1:
         first, last = (trainer.folder.result(update, trainer.held_out) for update in (evaluated[0], evaluated[-1]))
@@ -113,6 +127,7 @@ class PlanConfig(TrainConfig):
     gpu_memory: float = 80.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gpu_memory > 0:
             raise ValueError(f"gpu_memory must be positive, got {self.gpu_memory}")
 
@@ -140,7 +155,8 @@ def plan(config: PlanConfig) -> None:
         found = estimate(config)
     table = Table("what", "when", "GB", "shared", title=f"memory of one GPU, {config.policy.family}")
     for item in found.items:
-        table.add_row(item.name, item.phase, f"{item.bytes / 1e9:.2f}", "yes" if item.sharded else "")
+        shared = "yes" if item.sharded else "if others are" if item.gathered else ""
+        table.add_row(item.name, item.phase, f"{item.bytes / 1e9:.2f}", shared)
     table.add_section()
     phase = found.largest_phase()
     table.add_row("peak", phase, f"{found.peak() / 1e9:.2f}", "")

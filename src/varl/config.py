@@ -17,6 +17,7 @@ __all__ = [
     "MaskConfig",
     "MethodConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "PolicyConfig",
     "PromptConfig",
     "RunConfig",
@@ -300,6 +301,30 @@ PICTURES = 32
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that ``torchrun`` starts share the work; with one process it matters little.
+
+    Attributes:
+        mode: ``ddp``: every process holds the model; ``fsdp2``: they share its parameters, gradients and moments.
+        param_dtype: type that fsdp2 gathers the weights of blocks in; ``bfloat16``, for policy.precision bfloat16 only,
+            halves what is sent. Gradients are summed in float32.
+        cpu_offload: fsdp2 keeps parameters, gradients and moments in the CPU's memory.
+        timeout: seconds that a process waits for the others before it gives up.
+    """
+
+    mode: Literal["ddp", "fsdp2"] = "ddp"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    cpu_offload: bool = False
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _need(0 < self.timeout < math.inf, f"parallel.timeout must be positive and finite, got {self.timeout}")
+        for name, off in (("param_dtype", "float32"), ("cpu_offload", False)):
+            value = getattr(self, name)
+            _need(self.mode == "fsdp2" or value == off, f"parallel.{name} {value} needs parallel.mode fsdp2")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How long, where and how.
 
@@ -315,6 +340,8 @@ class RunConfig:
         rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
         overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
             quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
+        ema: evaluate and export an exponential moving average of the weights, of which an update keeps this share; 0 is
+            the weights themselves.
         save_every: updates between checkpoints.
         keep: newest checkpoints kept; that of the best held-out score stays besides.
         failure_window: of how many last updates the failures are counted.
@@ -331,6 +358,7 @@ class RunConfig:
     micro_batch: int | Literal["auto"] = 32
     rollout_batch: int = 0
     overlap: bool = False
+    ema: float = 0.0
     save_every: int = 20
     keep: int = 2
     failure_window: int = 20
@@ -339,6 +367,7 @@ class RunConfig:
     diagnose_every: int = 20
 
     def __post_init__(self) -> None:
+        _need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
         for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
             value = getattr(self, name)
             _need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
@@ -366,6 +395,7 @@ class TrainConfig:
         optimizer: AdamW.
         evaluation: on held-out prompts.
         run: how long, where and how.
+        parallel: how several processes share the work.
         reward: ``ocr``, ``my_module:my_reward``, or a mapping with ``name`` and the reward's options.
     """
 
@@ -377,3 +407,16 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        computed = {self.policy.precision, self.policy.rollout_precision or self.policy.precision}
+        _need(
+            self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
+            "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
+        )
+        for name, asked in (
+            ("policy.compile", self.policy.compile),
+            ("run.micro_batch auto", self.run.micro_batch == "auto"),
+        ):
+            _need(not asked or self.parallel.mode == "ddp", f"{name} does not go with parallel.mode fsdp2")

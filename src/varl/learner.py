@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from varl.algorithm import LossInput, LossOutput, policy_loss, token_weights
 from varl.config import MethodConfig, OptimizerConfig
+from varl.distributed import Distributed, Stage
 from varl.policy import Policy
 from varl.rollout import Rollout
 from varl.sampling import Sampling
 from varl.scoring import Scores, log_probs
 
 __all__ = ["Batch", "Learner"]
-
-Stage = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -35,6 +32,7 @@ class Batch:
         rate: factor on the learning rate.
         shared: adjacent sequences whose tokens before ``steps`` are the same.
         reference_logp_BL: what ``Learner.reference_logp`` gives, if that is known already.
+        total: sequences that the loss is divided by; where several processes learn together, those of all.
     """
 
     sequences: Rollout
@@ -45,6 +43,11 @@ class Batch:
     rate: float = 1.0
     shared: int = 1
     reference_logp_BL: Tensor | None = None
+    total: int | None = None
+
+    @property
+    def divisor(self) -> int:
+        return len(self.sequences) if self.total is None else self.total
 
 
 class Learner:
@@ -53,6 +56,7 @@ class Learner:
     Args:
         policy, reference: the policy, and the frozen initial one (None if beta is 0).
         sampling: the sampling distribution, used when ``method.logp`` is ``sampling``.
+        distributed: the processes that learn together, each from as many rows; by default this one alone.
     """
 
     def __init__(
@@ -63,7 +67,9 @@ class Learner:
         optimizer: OptimizerConfig,
         sampling: Sampling,
         micro_batch: int,
+        distributed: Distributed | None = None,
     ) -> None:
+        self.distributed = distributed or Distributed()
         self.policy, self.reference, self.method, self.config = policy, reference, method, optimizer
         self.guidance = sampling if method.logp == "sampling" and not sampling.is_plain else None
         self.micro_batch, self.steps_taken = micro_batch, 0
@@ -92,43 +98,52 @@ class Learner:
             with stage("reference"):
                 found = self.reference_logp(batch.sequences, batch.steps, batch.shared)
             batch = replace(batch, reference_logp_BL=found)
-        rows = self._micro_batches(batch)
+        own = self._micro_batches(batch)
+        rows = own + self._idle(batch, len(own))
+        idle = replace(batch, valid_B=torch.zeros_like(batch.valid_B))
         old: dict[int, Tensor] = {}
         log: dict[str, Any] = {"skipped": 0}
         for epoch in range(self.method.epochs):
             self.optimizer.zero_grad(set_to_none=True)
-            outputs: list[LossOutput] = []
-            scored: list[Scores] = []
-            weights: list[Tensor] = []
+            figures: list[dict[str, Any]] = []
             for index, part in enumerate(rows):
+                whose = batch if index < len(own) else idle
                 with stage("logp"):
-                    inputs, scores = self._inputs(batch, part, old.get(index))
+                    inputs, scores = self._inputs(whose, part, old.get(index))
                 old.setdefault(index, inputs.logp_BL.detach())
                 with stage("backward"):
-                    output = self._loss(inputs, len(batch.sequences))
+                    output = self._loss(inputs, batch.divisor)
                     if diagnose and epoch == 0 and index == 0:
                         share = len(part) / sum(map(len, rows))
                         log["gradient_norm_by_step"] = self._norms_by_step(inputs, share * len(batch.sequences))
                     output.loss.backward()
-                outputs.append(output)
-                weights.append(_policy_weight(inputs))
-                scored.append(scores)
+                if whose is batch:
+                    figures.append(_figures(inputs, output, scores, batch))
             with stage("optimizer"):
-                norm, taken = self._step(outputs, batch.rate)
+                self.distributed.add_up(self.parameters)
+                plain = [{name: torch.as_tensor(v).tolist() for name, v in part.items()} for part in figures]
+                of_all = [part for given in self.distributed.gather_values(plain) for part in given]
+                norm, taken = self._step(of_all, batch.rate)
             log["skipped"] += not taken
             log["gradient_norm"] = norm
-            if not outputs:
+            if not of_all:
                 return log | {"loss": 0.0}
-            log |= _summary(outputs, batch, [int(batch.valid_B[part].sum()) for part in rows])
-            log["loss_share_by_step"] = self._share_by_step(torch.cat(weights), batch)
-            if epoch == 0:
-                log["entropy_by_step"] = self._entropy_by_step(scored, batch)
+            log |= _summary(of_all)
+        if batch.mask_BL is not None:
+            shares = [[float(part.mean()) for part in batch.mask_BL.split(_counts(batch), 1)]]
+            log["masked_share_by_step"] = self.distributed.gather(torch.tensor(shares)).mean(0).tolist()
         return log
 
     def backward_of_first(self, batch: Batch) -> None:
         """A forward and backward pass over the first micro-batch, to see what it costs; the gradients are added."""
         inputs, _ = self._inputs(batch, self._micro_batches(batch)[0], None)
-        self._loss(inputs, len(batch.sequences)).loss.backward()
+        self._loss(inputs, batch.divisor).loss.backward()
+
+    def _idle(self, batch: Batch, own: int) -> list[Tensor]:
+        """Rows of passes that carry no term: processes that gather weights together make as many passes as any."""
+        most = max(self.distributed.gather_values(own))
+        pattern = torch.arange(batch.shared).split(self.micro_batch)
+        return [pattern[index % len(pattern)] for index in range(own, most)]
 
     @torch.no_grad()
     def reference_logp(self, sequences: Rollout, steps: range, shared: int = 1) -> Tensor | None:
@@ -235,10 +250,10 @@ class Learner:
             norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None)))
         return norms
 
-    def _step(self, outputs: list[LossOutput], rate: float) -> tuple[float, bool]:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
-        finite = math.isfinite(norm) and all(math.isfinite(o.loss.item()) for o in outputs)
-        if not (finite and outputs):
+    def _step(self, parts: list[dict[str, Any]], rate: float) -> tuple[float, bool]:
+        norm = self.distributed.clip(self.parameters, self.config.clip_norm)
+        finite = math.isfinite(norm) and all(math.isfinite(part["loss"]) for part in parts)
+        if not (finite and parts):
             self.optimizer.zero_grad(set_to_none=True)
             return norm, False
         for group in self.optimizer.param_groups:
@@ -248,20 +263,6 @@ class Learner:
         torch.clear_autocast_cache()
         self.steps_taken += 1
         return norm, True
-
-    @staticmethod
-    def _entropy_by_step(scored: list[Scores], batch: Batch) -> list[float]:
-        """Means over the tokens that were watched."""
-        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
-        values, watched = torch.cat([cast(Tensor, s.entropy) for s in scored]), _watched(counts)
-        parts = zip(values.split(counts, 1), watched.split(counts), strict=True)
-        return [float(part[:, own].mean()) for part, own in parts]
-
-    @staticmethod
-    def _share_by_step(values_BL: Tensor, batch: Batch) -> list[float]:
-        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
-        sums = torch.stack([part.sum() for part in values_BL.split(counts, 1)])
-        return [float(share) for share in sums / sums.sum().clamp(min=1e-12)]
 
 
 WATCHED = 32
@@ -291,23 +292,48 @@ def _policy_weight(inputs: LossInput) -> Tensor:
     return weight if inputs.valid_B is None else weight * inputs.valid_B[:, None]
 
 
-def _summary(outputs: list[LossOutput], batch: Batch, sizes: list[int]) -> dict[str, Any]:
-    """One record of all micro-batches, of ``sizes`` valid rows: sums of loss terms, means and extremes of the rest."""
-    total = max(float(sum(sizes)), 1.0)
+def _counts(batch: Batch) -> list[int]:
+    """Tokens of each trained step."""
+    return [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
 
-    def mean(values: list[Tensor]) -> Tensor:
-        return sum((v.double().cpu() * n for v, n in zip(values, sizes, strict=True)), torch.zeros(())) / total
 
-    log: dict[str, Any] = {
-        "loss": float(sum(o.loss.item() for o in outputs)),
-        "log_ratio_by_step": mean([o.log_ratio_mean_T for o in outputs]).tolist(),
-        "log_ratio_max": max(float(o.log_ratio_max_T.max()) for o in outputs),
-        "clip_fraction": float(mean([torch.as_tensor(o.clip_fraction) for o in outputs])),
+def _figures(inputs: LossInput, output: LossOutput, scores: Scores, batch: Batch) -> dict[str, Any]:
+    """What a micro-batch adds to the record; ``_T`` is one entry a trained step."""
+    counts = _counts(batch)
+    figures = {
+        "valid": len(inputs.advantage_B) if inputs.valid_B is None else inputs.valid_B.sum(),
+        "loss": output.loss.detach(),
+        "log_ratio_T": output.log_ratio_mean_T,
+        "log_ratio_max": output.log_ratio_max_T.max(),
+        "clip_fraction": output.clip_fraction,
+        "weight_T": torch.stack([part.double().sum() for part in _policy_weight(inputs).split(counts, 1)]),
     }
-    kl_means = [o.kl_mean_T for o in outputs if o.kl_mean_T is not None]
-    if len(kl_means) == len(outputs):
-        log["kl_by_step"] = mean(kl_means).tolist()
-    if batch.mask_BL is not None:
-        counts = [batch.sequences.condition.schedule.counts[s] for s in batch.steps]
-        log["masked_share_by_step"] = [float(part.mean()) for part in batch.mask_BL.split(counts, 1)]
-    return log
+    if scores.entropy is not None:
+        parts = zip(scores.entropy.split(counts, 1), _watched(counts).split(counts), strict=True)
+        figures["rows"] = len(scores.entropy)
+        figures["entropy_T"] = torch.stack([part[:, own].double().mean() for part, own in parts])
+    if output.kl_mean_T is not None:
+        figures["kl_T"] = output.kl_mean_T
+    return figures
+
+
+def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of all micro-batches: sums of loss terms, means over rows or valid rows, extremes."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([part[name] for part in parts], dtype=torch.double)
+
+    def mean(name: str, over: str = "valid") -> Any:
+        return (column(over) @ column(name) / column(over).sum().clamp(min=1)).tolist()
+
+    weight_T = column("weight_T").sum(0)
+    log: dict[str, Any] = {
+        "loss": float(column("loss").sum()),
+        "log_ratio_by_step": mean("log_ratio_T"),
+        "log_ratio_max": float(column("log_ratio_max").max()),
+        "clip_fraction": mean("clip_fraction"),
+        "loss_share_by_step": (weight_T / weight_T.sum().clamp(min=1e-12)).tolist(),
+    }
+    if "entropy_T" in parts[0]:
+        log["entropy_by_step"] = mean("entropy_T", "rows")
+    return log | ({"kl_by_step": mean("kl_T")} if "kl_T" in parts[0] else {})

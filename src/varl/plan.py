@@ -110,12 +110,14 @@ class Item:
         bytes: on one GPU, if there is only one.
         phase: when it is there.
         sharded: whether several GPUs share it.
+        gathered: whether it is there only where several GPUs share the weights: each holds them whole to draw.
     """
 
     name: str
     bytes: float
     phase: Phase = "always"
     sharded: bool = False
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Estimate:
 
     def of(self, phase: Phase, gpus: int = 1) -> float:
         """Bytes on one GPU of all items of a phase."""
-        return sum(item.bytes / (gpus if item.sharded else 1) for item in self.items if item.phase == phase)
+        there = [item for item in self.items if item.phase == phase and (gpus > 1 or not item.gathered)]
+        return sum(item.bytes / (gpus if item.sharded else 1) for item in there)
 
     def peak(self, gpus: int = 1) -> float:
         """Most bytes that one GPU holds at a time."""
@@ -232,6 +235,9 @@ def estimate(config: TrainConfig) -> Estimate:
         items.append(Item("frozen text encoders", TEXT_ENCODERS.get(policy.family, 0)))
     if config.method.needs_reference and not lora.rank:
         items.append(Item("frozen reference", weights, sharded=True))
+    whole = weights * (1 + (config.method.continuations_by == "reference" and not lora.rank))
+    whole = whole // 2 if config.parallel.param_dtype == "bfloat16" else whole
+    items.append(Item("weights gathered to draw", whole, "rollout", gathered=True))
     kinds = ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,)
     plans = [updates.plan(cast(updates.Kind, kind), config.method, schedule) for kind in kinds]
     items += max((_rollout(config, shape, schedule, plan) for plan in plans), key=_total)

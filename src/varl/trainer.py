@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varl import updates
-from varl.adapters import WithoutAdapters, add_adapters, load_adapters, merged, save_adapters, with_adapters
-from varl.config import PolicyConfig, TrainConfig
+from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
+from varl.config import TrainConfig
+from varl.distributed import Distributed
+from varl.ema import Average
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
-from varl.models import load_policy, save_policy
-from varl.models.blocks import blocks_of
+from varl.loading import autocast, choose_device, frozen_copy, prepare
+from varl.models import save_policy
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, check_prompts, resolve_prompts
 from varl.rewards import RewardOutput, load_reward
@@ -34,75 +35,9 @@ from varl.run.folder import RunFolder
 from varl.run.loop import run_updates
 from varl.sizing import FIRST, fastest_micro_batch
 
-__all__ = ["Trainer", "autocast", "choose_device", "frozen_copy", "prepare"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """A copy of the policy whose trainable part is its own and frozen, and whose other parts are shared."""
-    module = cast(nn.Module, policy)
-    kept = {id(part): part for part in module.children() if part is not policy.trainable}
-    twin = copy.deepcopy(module, memo=dict(kept))
-    for parameter in cast(Policy, twin).trainable.parameters():
-        parameter.requires_grad_(False)
-    if any(block._compiled_call_impl is not None for block in blocks_of(policy.trainable)):
-        _compile(cast(Policy, twin))
-    return cast(Policy, twin)
-
-
-def _compile(policy: Policy) -> None:
-    """Compile the blocks, each once for grids of any size."""
-    for block in blocks_of(policy.trainable):
-        block.compile(dynamic=True)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU if there is one.
-
-    Raises:
-        ValueError: if ``cuda`` is asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {name}, but torch sees no GPU; use auto or cpu")
-    return torch.device(name)
-
-
-def prepare(config: PolicyConfig, device: torch.device) -> Policy:
-    """Load a policy as a run uses it: on its device, only what is trained with gradients, adapters if asked for.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
-    """
-    config = with_adapters(config)
-    policy = load_policy(config.family, config.config, config.weights)
-    if getattr(policy, "tokenizer", None) is None:
-        raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
-    # Not every parameter of the trainable part is one: a family may keep some fixed.
-    trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
-    cast(nn.Module, policy).to(device).eval().requires_grad_(False)
-    if config.adapters is not None:
-        load_adapters(policy, Path(config.adapters))
-    elif config.lora.rank:
-        add_adapters(policy, config.lora)
-    else:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    if config.checkpointing:
-        if not hasattr(policy.trainable, "checkpointing"):
-            raise ValueError(f"policy.checkpointing is not there for {config.family}")
-        policy.trainable.checkpointing = True  # type: ignore[assignment]
-    if config.compile:
-        _compile(policy)
-    return policy
-
-
-def autocast(config: PolicyConfig, device: torch.device, drawing: bool = False) -> torch.autocast:
-    """The precision that a policy computes in, or draws pictures in."""
-    precision = (config.rollout_precision if drawing else None) or config.precision
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 OVERLAPPING = 4
@@ -143,26 +78,27 @@ class Trainer:
         ValueError, FileNotFoundError, RunError: before any work starts, if the configuration cannot be carried out.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, distributed: Distributed | None = None) -> None:
         config = replace(config, policy=with_adapters(config.policy))
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
         state.seed_all(run.seed)
-        self.device = choose_device(run.device)
-        self.policy = prepare(config.policy, self.device)
+        self.distributed = distributed or Distributed.here(config.parallel, choose_device(run.device))
+        self.device = self.distributed.device
+        self.policy = prepare(config.policy, self.distributed.loads_on)
+        self.fingerprint = state.fingerprint(cast(nn.Module, self.policy))
         self.schedule = self.policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
         for kind in ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,):
-            updates.plan(kind, config.method, self.schedule)
+            plan = updates.plan(kind, config.method, self.schedule)
+            self.distributed.share(config.method.prompts * plan.sequences)
 
         p, e = config.prompts, config.evaluation
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
             raise ValueError(f"an update needs {config.method.prompts} prompts, {p.source} has {len(prompts)}")
-        check_prompts(self.policy, prompts, self.schedule)
         self.stream = PromptStream(prompts, seed=p.seed)
         self.held_out = resolve_prompts(e.source, count=e.count, seed=e.prompt_seed) if e.enabled else []
-        check_prompts(self.policy, self.held_out, self.schedule)
         for name, sampling in (("sampling", config.sampling), ("evaluation.sampling", e.sampling or config.sampling)):
             if sampling.top_k > self.policy.classes:
                 raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
@@ -171,6 +107,12 @@ class Trainer:
         self.reference: Policy | None = None
         if config.method.needs_reference:
             self.reference = cast(Policy, WithoutAdapters(self.policy)) if self.lora else frozen_copy(self.policy)
+        self._models = [self.policy] if self.lora or self.reference is None else [self.policy, self.reference]
+        for policy in self._models:
+            self.distributed.place(policy, config.policy.precision)
+        with self.distributed.gathered(self.policy):
+            for asked in (prompts, self.held_out):
+                check_prompts(self.policy, asked, self.schedule)
         self.learner = Learner(
             self.policy,
             self.reference,
@@ -178,8 +120,9 @@ class Trainer:
             config.optimizer,
             config.sampling,
             FIRST if run.micro_batch == "auto" else run.micro_batch,
+            self.distributed,
         )
-        self.fingerprint = state.fingerprint(cast(nn.Module, self.policy))
+        self.ema = Average(self.policy.trainable, run.ema) if run.ema else None
         self.update, self.pictures = 0, 0
         self.evaluated: int | None = None
         self.best: tuple[int, float] | None = None
@@ -188,7 +131,8 @@ class Trainer:
         self._inside = 0.0
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
-        self.folder = RunFolder(config)
+        self.owed = False
+        self.folder = RunFolder(config, self.distributed.main)
         try:
             self._resume()
         except BaseException:
@@ -209,87 +153,102 @@ class Trainer:
 
     def precision(self, drawing: bool = False) -> torch.autocast:
         """Where the policy computes: in bf16 if the configuration says so, with the weights in fp32."""
-        return autocast(self.config.policy, self.device, drawing)
+        return autocast(self.config.policy, self.device, drawing, not self.distributed.sharded)
 
     def step(self) -> dict[str, Any]:
         """One update; returns its record for the log."""
         method, self.seconds = self.config.method, defaultdict(float)
         plan = updates.plan(updates.kind_of_update(method, self.update), method, self.schedule)
-        shared = plan.tails if plan.kind == "suffix" else 1
+        total = method.prompts * plan.sequences
+        mine = self.distributed.share(total)
 
-        sampled = self._reused(plan) if plan.reuses else self._sample(plan)
+        sampled = self._reused(plan) if plan.reuses else self._sample(plan, mine)
         drawn, output = sampled.drawn, sampled.output
         with self.stage("return"), self.precision():
-            value_PG, valid_PG = updates.returns(
-                output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch
-            )
+            own = updates.returns(output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch)
+            value_PG, valid_PG = (self.distributed.gather(rows).view(-1, plan.group) for rows in own)
             advantages = updates.advantages(value_PG, valid_PG, method)
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
-            advantage_B=advantages.advantage_PG.flatten().float(),
-            valid_B=~advantages.dropped_P.repeat_interleave(plan.group),
+            advantage_B=advantages.advantage_PG.flatten()[mine.start : mine.stop].float(),
+            valid_B=~advantages.dropped_P.repeat_interleave(plan.group)[mine.start : mine.stop],
             mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
-            shared=shared,
+            shared=self._shared(plan),
             reference_logp_BL=sampled.reference_logp,
+            total=total,
         )
         record = self._record(plan, output, value_PG, advantages)
+        diagnose = self._due(self.config.run.diagnose_every) and not self.distributed.sharded
         with self.precision():
-            record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
+            record |= self.learner.learn(batch, self.stage, diagnose)
+        if self.ema is not None:
+            self.ema.update()
         self.update += 1
-        self.pictures += 0 if plan.reuses else len(sampled.images)
+        self.pictures += 0 if plan.reuses else method.prompts * plan.pictures
         record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
-        if self._due(self.config.run.gallery_every, after=True):
+        if self._due(self.config.run.gallery_every, after=True) and self.distributed.main:
             self._show(sampled, plan, advantages.advantage_PG.flatten(), mask)
         return record
 
-    def _sample(self, plan: updates.Plan) -> Sampled:
-        """Draw an update's sequences, and score their pictures: afterwards, or while the next ones are drawn."""
+    def _sample(self, plan: updates.Plan, mine: range) -> Sampled:
+        """Draw this process's sequences, and score their pictures: afterwards, or while the next ones are drawn."""
         method, run = self.config.method, self.config.run
         prompts = [prompt for _, prompt in self.stream.next(method.prompts)]
-        shown = [prompt for prompt in prompts for _ in range(plan.pictures)]
+        pictures = range(mine.start * plan.continuations, mine.stop * plan.continuations)
+        shown = [prompts[picture // plan.pictures] for picture in pictures]
         scoring = Scoring(self.reward, shown, self._pool)
+        by_reference = method.continuations_by == "reference"
 
         def finished(part: Rollout) -> None:
             with self.stage("decode"):
                 scoring.add(self._decode(part.actions))
 
-        with self.stage("condition"):
-            condition = self.policy.condition(prompts, self.schedule)
-        with self.stage("rollout"), self.precision(drawing=True):
-            drawn = updates.draw(
-                self.policy,
-                condition,
-                plan,
-                self.config.sampling,
-                (run.seed, self.update),
-                self.reference if method.continuations_by == "reference" else None,
-                run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
-                finished,
-            )
-        shared = plan.tails if plan.kind == "suffix" else 1
+        with self.distributed.gathered(*self._models[: 1 + by_reference], stage=self.stage):
+            with self.stage("condition"):
+                condition = self.policy.condition(prompts, self.schedule)
+            with self.stage("rollout"), self.precision(drawing=True):
+                drawn = updates.draw(
+                    self.policy,
+                    condition,
+                    plan,
+                    self.config.sampling,
+                    (run.seed, self.update),
+                    self.reference if by_reference else None,
+                    run.rollout_batch or (-(-len(shown) // OVERLAPPING) if run.overlap else 0),
+                    finished,
+                    mine,
+                )
         if run.micro_batch == "auto":
-            self.learner.micro_batch = self._micro_batch(plan, drawn.trained, shared)
+            self.learner.micro_batch = self._micro_batch(plan, drawn.trained)
         with self.stage("reference"), self.precision():
-            reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, shared)
+            reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, self._shared(plan))
         with self.stage("reward"):
             images, output = scoring.result()
         sampled = Sampled(shown, drawn, images, output, reference_logp)
         self.kept = sampled if method.suffix_state == "reused" else None
         return sampled
 
-    def _micro_batch(self, plan: updates.Plan, sequences: Rollout, shared: int) -> int:
+    def _micro_batch(self, plan: updates.Plan, sequences: Rollout) -> int:
         """What the first update of a kind measured, noted in the run folder so that a resumed run sums alike."""
-        known = self.folder.micro_batches()
+        known = self.distributed.gather_values(self.folder.micro_batches())[0]
         if plan.kind not in known:
             with self.stage("measuring"), self.precision():
-                known[plan.kind] = fastest_micro_batch(self.learner, sequences, plan.steps, shared)
+                fastest = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
+            known[plan.kind] = min(self.distributed.gather_values(fastest))
             logger.info("%s updates take %d sequences at a time", plan.kind, known[plan.kind])
-            self.folder.note_micro_batches(known)
+            if self.distributed.main:
+                self.folder.note_micro_batches(known)
         return known[plan.kind]
+
+    def _shared(self, plan: updates.Plan) -> int:
+        """Adjacent sequences of this process that surely go on from one prefix."""
+        if plan.kind != "suffix":
+            return 1
+        return math.gcd(plan.tails, len(self.distributed.share(self.config.method.prompts * plan.sequences)))
 
     def _reused(self, plan: updates.Plan) -> Sampled:
         """What the prefix update before drew and scored, as groups of continuations."""
@@ -297,7 +256,7 @@ class Trainer:
         kept, self.kept = self.kept, None
         whole = kept.drawn.whole
         with self.stage("reference"), self.precision():
-            reference_logp = self.learner.reference_logp(whole, plan.steps, plan.tails)
+            reference_logp = self.learner.reference_logp(whole, plan.steps, self._shared(plan))
         return replace(kept, drawn=updates.Drawn(whole, whole), reference_logp=reference_logp)
 
     def _show(self, sampled: Sampled, plan: updates.Plan, advantage_B: Tensor, mask: Tensor | None) -> None:
@@ -325,7 +284,8 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
         faults.point("evaluation")
-        with torch.no_grad(), state.own_generators(self.config.evaluation.seed):
+        own = state.own_generators(self.config.evaluation.seed)
+        with self._averaged(), self.distributed.gathered(self.policy), own:
             result = evaluate(
                 self.policy,
                 self.held_out,
@@ -335,8 +295,10 @@ class Trainer:
                 batch=self.config.run.picture_batch,
                 schedule=self.schedule,
                 precision=self.precision(),
+                distributed=self.distributed,
             )
-        self.folder.evaluation(self.update, self.pictures, result, self.config.evaluation.alarm_window)
+        if self.distributed.main:
+            self.folder.evaluation(self.update, self.pictures, result, self.config.evaluation.alarm_window)
         self.evaluated = self.update
         score = result.estimate(result.metrics[0]).value
         if self.best is None or score > self.best[1]:
@@ -346,7 +308,14 @@ class Trainer:
         return result
 
     def save(self) -> None:
-        """Write a checkpoint, in the background."""
+        """Write a checkpoint, in the background.
+
+        Where several processes each hold some of the pictures that the next update reuses, one update later.
+        """
+        next_kind = updates.kind_of_update(self.config.method, self.update)
+        self.owed = self.distributed.size > 1 and self.kept is not None and next_kind == "suffix"
+        if self.owed:
+            return
         best = None if self.best is None else self.best[0]
         self.folder.checkpoints.save(self.update, *state.collected(self), best)
 
@@ -355,19 +324,32 @@ class Trainer:
         if checkpoint is not None:
             state.restore(self, checkpoint)
             logger.info("going on from update %d", self.update)
-        self.folder.begin(self.update)
+        if self.distributed.main:
+            self.folder.begin(self.update)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""
         faults.point("finish")
         if self.lora:
             lora = self.config.policy.lora
-            self.folder.export("adapters.safetensors", lambda path: save_adapters(self.policy, lora, path))
+
+            def write() -> None:
+                self.folder.export("adapters.safetensors", lambda path: save_adapters(self.policy, lora, path))
+
+            with self._averaged():
+                self.distributed.export(self.policy, write)
         self._export("weights.safetensors")
 
     def _export(self, name: str) -> None:
-        with merged(self.policy) if self.lora else nullcontext():
+        def write() -> None:
             self.folder.export(name, lambda path: save_policy(self.policy, path))
+
+        with self._averaged(), merged(self.policy) if self.lora else nullcontext():
+            self.distributed.export(self.policy, write)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Where the policy is what is evaluated and exported: the average of its weights, if one is kept."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def _due(self, every: int, after: bool = False) -> bool:
         return every > 0 and (self.update if after else self.update + 1) % every == 0
@@ -377,14 +359,14 @@ class Trainer:
         return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
 
     def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:
-        fine = ~output.failed
-        parts = {"score": output.score, **output.parts}
-        kept = ~advantages.dropped_P
+        scores, kept = self.distributed.gather_scores(output), ~advantages.dropped_P
+        fine = ~scores.failed
+        parts = {"score": scores.score, **scores.parts}
         return {
             "kind": plan.kind,
             "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
-            "failed_pictures": int(output.failed.sum()),
-            "failed_share": float(output.failed.float().mean()),
+            "failed_pictures": int(scores.failed.sum()),
+            "failed_share": float(scores.failed.float().mean()),
             "return": float(value_PG[kept].mean()) if kept.any() else None,
             "group_std": float(advantages.group_std_P[kept].mean()) if kept.any() else None,
             "zero_variance_groups": float(advantages.zero_variance_P.float().mean()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,28 @@ class Plan:
         """Pictures scored for every prompt."""
         return self.heads * self.tails
 
+    @property
+    def sequences(self) -> int:
+        """Sequences trained for every prompt."""
+        return self.pictures // self.continuations
+
+    def portions(self, rows: range, at_once: int) -> Iterator[tuple[range, range]]:
+        """Trained sequences as (heads, tails) to draw together: adjacent heads that all get the same tails.
+
+        Args:
+            rows: some of all prompts' trained sequences, adjacent.
+            at_once: finished sequences that one portion may hold, if it has more than one head; 0 is any number.
+        """
+        each = self.tails // self.continuations
+        head, stop = rows.start // each, -(-rows.stop // each)
+        while head < stop:
+            first, last = max(rows.start - head * each, 0), min(rows.stop - head * each, each)
+            tails = range(first * self.continuations, last * self.continuations)
+            whole = len(tails) == self.tails
+            count = min(max((at_once or self.tails * stop) // self.tails, 1), rows.stop // each - head) if whole else 1
+            yield range(head, head + count), tails
+            head += count
+
 
 def kind_of_update(method: MethodConfig, update: int) -> Kind:
     """The kind of update number ``update`` (0-based): the alternation starts with its prefix updates."""
@@ -89,9 +111,10 @@ class Drawn:
     """The sequences of one update.
 
     Attributes:
-        trained: the sequences that are trained, [prompts * group] rows, up to the end of the trained steps or further.
-        whole: the finished sequences, [prompts * pictures] rows, up to the step at which they are valued;
-            ``continuations`` adjacent rows belong to one of ``trained``.
+        trained: the sequences that are trained, [prompts * sequences] rows or those asked for, up to the end of the
+            trained steps or further.
+        whole: the finished sequences, up to the step at which they are valued; ``continuations`` adjacent rows belong
+            to one of ``trained``.
     """
 
     trained: Rollout
@@ -107,6 +130,7 @@ def draw(
     continued_by: Policy | None = None,
     at_once: int = 0,
     each: Callable[[Rollout], None] = lambda _: None,
+    trained: range | None = None,
 ) -> Drawn:
     """Draw an update's sequences; every row has a generator of its own, seeded by (seed, stage, row).
 
@@ -116,27 +140,29 @@ def draw(
             return under it); its caches are filled by replaying the prefixes.
         at_once: finished sequences drawn together, which changes memory and not what is drawn; 0 is all.
         each: called with finished sequences as soon as there are some, in order.
+        trained: draw only these of the trained sequences, with their continuations.
     """
     heads = condition.repeat(plan.heads)
     whole, prefixes = [], []
-    size = at_once or heads.batch * plan.tails
     first = row_generators((*seed, 0), heads.batch)
     second = row_generators((*seed, 1), heads.batch * plan.tails)
-    for rows in torch.arange(heads.batch).split(max(size // plan.tails, 1)):
+    trained = range(condition.batch * plan.sequences) if trained is None else trained
+    for rows, tails in plan.portions(trained, at_once):
         part = heads.select(rows) if len(rows) < heads.batch else heads
-        start, stop = int(rows[0]), int(rows[-1]) + 1
+        generators = [first[row] for row in rows]
         if plan.branch_at == len(condition.schedule):
-            whole.append(rollout(policy, part, sampling, first[start:stop]))
+            whole.append(rollout(policy, part, sampling, generators))
             each(whole[-1])
             continue
-        prefix = rollout(policy, part, sampling, first[start:stop], until=plan.branch_at, keep_state=True)
+        prefix = rollout(policy, part, sampling, generators, until=plan.branch_at, keep_state=True)
         author, fork_of = policy, prefix
         if continued_by is not None and plan.kind == "prefix":
             author = continued_by
             fork_of = replay(continued_by, part, prefix.actions, plan.branch_at, sampling.guidance)
         # Several prefixes are continued all at once, a single one perhaps by a few at a time.
-        few = min(size, plan.tails)
-        for generators in _batches(second[start * plan.tails : stop * plan.tails], few * len(rows)):
+        few = min(at_once or len(tails), len(tails))
+        own = [second[row * plan.tails + tail] for row in rows for tail in tails]
+        for generators in _batches(own, few * len(rows)):
             fork = len(generators) // len(rows)
             whole.append(rollout(author, part, sampling, generators, start=fork_of, fork=fork, until=plan.until))
             each(whole[-1])
@@ -176,7 +202,7 @@ def returns(
     reference: Policy | None,
     micro_batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """The return of every trained sequence and whether it is valid, both [prompts, group].
+    """The return of every trained sequence and whether it is valid, both [rows].
 
     For a prefix it is the middle return V_m over its continuations (Eq. 10); a prefix with a failed continuation is not
     valid: a mean of fewer draws is another number.
@@ -197,7 +223,7 @@ def returns(
                 for model in (policy, reference)
             )
         value = middle_return(score, estimator=method.value, eta=method.eta, logp=logp, reference_logp=reference_logp)
-    return value.view(-1, plan.group), valid.view(-1, plan.group)
+    return value, valid
 
 
 @torch.no_grad()
@@ -218,7 +244,7 @@ def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Adva
 def masks(
     output: RewardOutput, plan: Plan, schedule: ScaleSchedule, mask: MaskConfig, image_size: tuple[int, int]
 ) -> Tensor | None:
-    """The propagated mask of every trained sequence, [prompts * group, tokens of all steps]; None if masks are off.
+    """The propagated mask of every trained sequence, [rows, tokens of all steps]; None if masks are off.
 
     A reward without regions trains everything.
     """

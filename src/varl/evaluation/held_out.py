@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from varl.distributed import Distributed
 from varl.errors import RunError
 from varl.policy import Policy, Prompt
 from varl.rewards.base import Reward
@@ -160,6 +161,7 @@ def evaluate(
     samples_per_prompt: int = 1,
     schedule: ScaleSchedule | None = None,
     precision: AbstractContextManager[Any] | None = None,
+    distributed: Distributed | None = None,
 ) -> Evaluation:
     """Draw pictures for prompts, score them, and average with 95% intervals.
 
@@ -178,6 +180,7 @@ def evaluate(
         samples_per_prompt: S, pictures for every prompt.
         schedule: the grids; by default the policy's default.
         precision: the policy draws and decodes inside it, for example ``torch.autocast``.
+        distributed: the processes that share the pictures; all get the result, only the main one its pictures.
 
     Raises:
         ValueError: if there is no prompt, or a number is less than 1.
@@ -193,26 +196,30 @@ def evaluate(
     sampling = sampling or Sampling()
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
-    images, rewards = [], []
+    distributed, schedule = distributed or Distributed(), schedule or policy.default_schedule
+    images, rewards = [torch.zeros(0, 3, *schedule.image_size)], [torch.zeros(0)]
     texts: list[str] | None = []
     try:
         total = len(prompts) * s
-        for first in range(0, total, batch):
-            rows = range(first, min(first + batch, total))
+        mine = distributed.portion(total)
+        for first in range(mine.start, mine.stop, batch):
+            rows = range(first, min(first + batch, mine.stop))
             shown = [prompts[row // s] for row in rows]
             generators = [row_generators((seed, row // s), s)[row % s] for row in rows]
             with precision or nullcontext():
                 drawn = rollout(policy, policy.condition(shown, schedule), sampling, generators)
-                images.append(policy.decode(drawn.actions, drawn.condition.schedule).float().cpu())
+                images.append(policy.decode(drawn.actions, schedule).float().cpu())
             output = reward(images[-1], shown)
-            rewards.append(output.score.masked_fill(output.failed, torch.nan).float().cpu().numpy())
+            rewards.append(output.score.masked_fill(output.failed, torch.nan).float().cpu())
             texts = None if texts is None or output.texts is None else texts + output.texts
             if progress is not None:
-                progress(rows.stop, total)
+                progress(rows.stop - mine.start, len(mine))
     finally:
         for part, training in modes:
             part.training = training
-    scores = np.concatenate(rewards)
+    scores = distributed.gather(torch.cat(rewards)).numpy()
+    read = distributed.gather_values(texts)
+    texts = None if None in read else [text for one in read for text in one]
     if np.isnan(scores).all():
         reasons = getattr(getattr(reward, "failures", None), "reasons", {})
         why = f": {'; '.join(reasons)}" if reasons else ""
@@ -221,7 +228,7 @@ def evaluate(
     return Evaluation(
         prompts=list(prompts),
         samples_per_prompt=s,
-        images=torch.cat(images),
+        images=distributed.gather(torch.cat(images), everywhere=False),
         texts=texts,
         rewards=scores,
         hits=None if counted is None else counted[0],
@@ -230,7 +237,7 @@ def evaluate(
             "varl": varl.__version__,
             "torch": str(torch.__version__),
             "policy": policy.family,
-            "schedule": drawn.condition.schedule.describe(),
+            "schedule": schedule.describe(),
             "sampling": asdict(sampling),
             "seed": seed,
             "samples_per_prompt": s,

@@ -40,7 +40,7 @@ class GridTransformer(Protocol):
     def new_cache(self) -> KeyValueCache | None: ...
 
     def prepare(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of the condition is computed once for a whole drawing, beside the condition itself."""
+        """What is computed of the condition once for a whole drawing, where it is not there yet."""
         ...
 
 
@@ -162,7 +162,6 @@ class CodedPolicy(TeacherForced):
                 raise ValueError(f"guidance needs the unconditional twin of {sorted(passes.keys())}")
             null = {name: condition.null[name].expand(batch, *value.shape[1:]) for name, value in passes.items()}
             passes, copies = {name: torch.cat([value, null[name]]) for name, value in passes.items()}, 2
-        passes = {**passes, **self._model.prepare(passes)}
         drawn = {"total": self.tokenizer.quantize.empty(batch)}
         cache = self._model.new_cache()
         return DrawState(condition.schedule, passes, drawn, cache, copies, guidance)
@@ -178,6 +177,7 @@ class CodedPolicy(TeacherForced):
         if step > 0:
             now = resize_area(state.drawn["total"], state.schedule.grids[step])
             inputs = [now.repeat(state.copies, 1, 1, 1)]
+        state.passes = {**state.passes, **self._model.prepare(state.passes)}
         logits = self.logits(self._hidden(state.passes, inputs, range(step, step + 1), state.cache))
         if state.copies == 1:
             return logits

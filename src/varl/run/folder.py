@@ -44,6 +44,7 @@ _MAY_CHANGE = {
         *("max_failed_share", "failure_window"),
     ),
     "evaluation": ("alarm_window", "alarm_stops"),
+    "parallel": ("mode", "cpu_offload", "timeout"),
 }
 """Settings that may differ between a run and its continuation: none of them changes an update's numbers."""
 
@@ -60,19 +61,26 @@ def plain(value: Any) -> Any:
 class RunFolder:
     """The folder of one run, held by one process until ``close()`` or the process's end.
 
+    Args:
+        main: whether this process writes it; others only read its checkpoints.
+
     Raises:
         ValueError: if another process holds it, or it holds a run of another configuration; nothing is overwritten.
         RunError: if it cannot be written.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    metrics: MetricsWriter
+
+    def __init__(self, config: TrainConfig, main: bool = True) -> None:
         self.path = config.run.out
-        self._lock = FolderLock(self.path)
+        self._lock = FolderLock(self.path) if main else None
         try:
-            self._claim(plain(asdict(config)))
-            self.metrics = MetricsWriter(self.path)
+            if main:
+                self._claim(plain(asdict(config)))
+                self.metrics = MetricsWriter(self.path)
         except BaseException:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             raise
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep)
 
@@ -85,8 +93,9 @@ class RunFolder:
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and let go of the folder."""
         self.checkpoints.close()
-        self.metrics.close()
-        self._lock.release()
+        if self._lock is not None:
+            self.metrics.close()
+            self._lock.release()
 
     def _claim(self, config: dict[str, Any]) -> None:
         file = self.path / "config.yaml"

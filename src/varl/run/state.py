@@ -48,7 +48,8 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
     pending, values["pending"] = pending_pictures(trainer)
     moments = stored_moments(_trained(trainer), trainer.learner.optimizer)
-    groups = {"optimizer": moments, "rng": rng_state(), "pending": pending}
+    # Rewards may draw from the generators, which are each process's own.
+    groups = {"optimizer": moments, f"rng{trainer.distributed.rank}": rng_state(), "pending": pending}
     return _weights(trainer) | {k: v for name, own in groups.items() for k, v in _named(name, own).items()}, values
 
 
@@ -66,11 +67,13 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         )
     trainer.stream.load_state_dict(values["prompts"])
     moments = [name.removeprefix("optimizer.") for name in checkpoint.names() if name.startswith("optimizer.")]
-    rng, pending = rng_state(), checkpoint.empty("pending")
+    rng, pending, own = rng_state(), checkpoint.empty("pending"), f"rng{trainer.distributed.rank}"
+    if f"{own}.torch" not in checkpoint.names():  # a process more than there were
+        own = "rng0"
     checkpoint.load(
         _weights(trainer)
         | _named("optimizer", new_moments(_trained(trainer), trainer.learner.optimizer, moments))
-        | _named("rng", rng)
+        | _named(own, rng)
         | pending
     )
     set_rng_state(rng)
@@ -84,11 +87,13 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The policy's weights (or its adapters'), and the reference's where it has its own."""
+    """Of the policy (or its adapters), of the reference where it has its own weights, and the average if one is kept."""
     policy, reference = trainer.policy, trainer.reference
     tensors = _named("policy", adapter_state(policy) if trainer.lora else policy.trainable.state_dict())
     if reference is not None and not trainer.lora:
         tensors |= _named("reference", reference.trainable.state_dict())
+    if trainer.ema is not None:
+        tensors |= _named("ema", trainer.ema.state_dict())
     return tensors
 
 

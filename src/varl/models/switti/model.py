@@ -276,7 +276,9 @@ class Transformer(nn.Module):
         return KeyValueCache(len(self.blocks), self.schedule.tokens) if self.config.use_ar else None
 
     def prepare(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The keys and values of the text for all blocks, ``text`` [B, blocks, 2, T, C]."""
+        """The keys and values of the text for all blocks, ``text`` [B, blocks, 2, T, C], where they are not there."""
+        if "text" in condition:
+            return {}
         embeds = condition["prompt_embeds"].to(self.word_embed.weight.dtype)
         return {"text": torch.stack([block.read(embeds) for block in self.blocks], 1)}  # type: ignore[operator]
 

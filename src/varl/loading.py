@@ -1,0 +1,91 @@
+"""Policies as runs use them: loaded, on their device, what is trained set apart, and a frozen copy as the reference."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from varl.adapters import add_adapters, load_adapters, with_adapters
+from varl.config import PolicyConfig
+from varl.models import load_policy
+from varl.models.blocks import blocks_of
+from varl.policy import Policy
+
+__all__ = ["autocast", "choose_device", "frozen_copy", "prepare"]
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A copy of the policy whose trainable part is its own and frozen, and whose other parts are shared."""
+    module = cast(nn.Module, policy)
+    kept = {id(part): part for part in module.children() if part is not policy.trainable}
+    twin = copy.deepcopy(module, memo=dict(kept))
+    for parameter in cast(Policy, twin).trainable.parameters():
+        parameter.requires_grad_(False)
+    if any(block._compiled_call_impl is not None for block in blocks_of(policy.trainable)):
+        _compile(cast(Policy, twin))
+    return cast(Policy, twin)
+
+
+def _compile(policy: Policy) -> None:
+    """Compile the blocks, each once for grids of any size."""
+    for block in blocks_of(policy.trainable):
+        block.compile(dynamic=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: if ``cuda`` is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device is {name}, but torch sees no GPU; use auto or cpu")
+    return torch.device(name)
+
+
+def prepare(config: PolicyConfig, device: torch.device) -> Policy:
+    """Load a policy as a run uses it: on its device, only what is trained with gradients, adapters if asked for.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
+    """
+    config = with_adapters(config)
+    policy = load_policy(config.family, config.config, config.weights)
+    if getattr(policy, "tokenizer", None) is None:
+        raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
+    # Not every parameter of the trainable part is one: a family may keep some fixed.
+    trained = [parameter for parameter in policy.trainable.parameters() if parameter.requires_grad]
+    cast(nn.Module, policy).to(device).eval().requires_grad_(False)
+    if config.adapters is not None:
+        load_adapters(policy, Path(config.adapters))
+    elif config.lora.rank:
+        add_adapters(policy, config.lora)
+    else:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if config.checkpointing:
+        if not hasattr(policy.trainable, "checkpointing"):
+            raise ValueError(f"policy.checkpointing is not there for {config.family}")
+        policy.trainable.checkpointing = True  # type: ignore[assignment]
+    if config.compile:
+        _compile(policy)
+    return policy
+
+
+def autocast(
+    config: PolicyConfig, device: torch.device, drawing: bool = False, keep_casts: bool = True
+) -> torch.autocast:
+    """The precision that a policy computes in, or draws pictures in.
+
+    Args:
+        keep_casts: cast weights once until the context is left. Not for weights that fsdp2 gathers and lets go: a cast
+            that outlives them sends its gradient after they were summed, and holds the model whole.
+    """
+    precision = (config.rollout_precision if drawing else None) or config.precision
+    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=keep_casts)
