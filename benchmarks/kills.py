@@ -101,8 +101,8 @@ def sweep(folder: Path, kills: int, updates: int, seed: int = 0) -> dict[str, An
     """Kill runs until ``kills`` kills have hit one, and compare each that is finished with one never killed.
 
     Returns:
-        Numbers: kills, those that left a checkpoint or file half written, runs finished, runs that differ, and seconds:
-        of a run never killed, and what a kill cost on average.
+        Numbers: kills, those that left a checkpoint or file half written, runs finished, runs that differ; and seconds:
+        of a run never killed, and on average of the work that a kill lost, since the newest checkpoint or the start.
     """
     rng = random.Random(seed)
     for name in ("whole", "again"):
@@ -114,25 +114,26 @@ def sweep(folder: Path, kills: int, updates: int, seed: int = 0) -> dict[str, An
     if outcome(folder / "again" / "run") != expected:
         raise RuntimeError("two runs that nobody killed differ")
     found = {"kills": 0, "half_written": 0, "finished": 0, "different": 0}
-    started = time.perf_counter()
+    lost = 0.0
     while found["kills"] < kills:
         own = folder / f"run-{found['finished']}"
         own.mkdir()
         path = recipe(own, updates)
         for _ in range(kills - found["kills"]):
-            process = begin(path)
-            process.join(rng.uniform(0, seconds))
+            process, began = begin(path), time.time()
+            process.join(rng.uniform(0, seconds / 2))
             if process.exitcode is not None:
                 break
             process.kill()
             process.join()
+            saved = [checkpoint.stat().st_mtime for checkpoint in own.glob("run/checkpoints/update-*")]
+            lost += time.time() - max([began, *saved])
             found["kills"] += 1
             found["half_written"] += any(own.rglob("partial.*"))
         _finished(process if process.exitcode == 0 else begin(path))
         found["finished"] += 1
         found["different"] += outcome(own / "run") != expected
-    lost = (time.perf_counter() - started - found["finished"] * seconds) / kills
-    return {**found, "seconds_whole": round(seconds, 2), "seconds_lost_a_kill": round(lost, 2)}
+    return {**found, "seconds_whole": round(seconds, 2), "seconds_lost_a_kill": round(lost / kills, 2)}
 
 
 def costs(folder: Path, tensors: dict[str, Tensor]) -> dict[str, float]:

@@ -180,7 +180,10 @@ def read_adapters(path: Path, family: str) -> tuple[AdapterConfig, dict[str, Ten
     try:
         saved = json.loads(about["lora"])
         config = AdapterConfig(int(saved["rank"]), float(saved["alpha"]), tuple(map(str, saved["targets"])))
-    except (KeyError, TypeError, ValueError) as error:
+        # Before memory is taken for what the file cannot hold; whether its tensors fit is seen when they are loaded.
+        if config.rank > (largest := max((side for tensor in state.values() for side in tensor.shape), default=0)):
+            raise ValueError(f"rank {config.rank}, but no tensor has a side of more than {largest}")
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} does not say what adapters it holds: {error!r}") from error
     return config, state
 
