@@ -87,7 +87,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    """Of the policy (or its adapters), of the reference where it has its own weights, and the average if one is kept."""
+    """Of the policy (or its adapters), of the reference where it has its own, and the average if one is kept."""
     policy, reference = trainer.policy, trainer.reference
     tensors = _named("policy", adapter_state(policy) if trainer.lora else policy.trainable.state_dict())
     if reference is not None and not trainer.lora:
