@@ -178,7 +178,8 @@ class Switti(CodedPolicy):
         for name in (*names, *(f"null_{name}" for name in given_null)):
             expected = (*features[name].shape[:1], *shapes[name.removeprefix("null_")])
             if tuple(features[name].shape) != expected or (name in names and len(features[name]) != batch):
-                raise ValueError(f"Switti's {name} must be {['batch', *expected[1:]]}, not {[*features[name].shape]}")
+                sizes = ", ".join(map(str, expected[1:]))
+                raise ValueError(f"Switti's {name} must be [batch, {sizes}], not {[*features[name].shape]}")
         rows = {name: features[name].to(self.device) for name in names}
         null = {name: features[f"null_{name}"].to(self.device) for name in given_null}
         for name, value in null.items():
