@@ -184,6 +184,7 @@ def test_portions_cover_the_sequences_and_stay_within_their_number() -> None:
         for start, stop, at_once in [(0, rows, 0), (0, rows, 5), (2, rows - 1, 3), (5, 6, 1), (1, 10, 0)]:
             drawn = []
             for heads, tails in made.portions(range(start, stop), at_once):
+                assert len(heads) == 1 or len(tails) == made.tails
                 assert at_once == 0 or len(heads) == 1 or len(heads) * len(tails) <= at_once
                 drawn += [head * made.tails + tail for head in heads for tail in tails]
             each = made.continuations
