@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,10 @@ def test_a_process_alone_shares_nothing() -> None:
     assert alone.gather_values({"a": 1}) == [{"a": 1}]
     with alone.guarded():
         pass
+
+
+def test_the_slurm_script_is_one() -> None:
+    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    refused = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert "usage: sbatch examples/slurm.sh RECIPE RUN_FOLDER" in refused.stderr

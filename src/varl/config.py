@@ -338,7 +338,7 @@ class RunConfig:
         save_every: updates between checkpoints.
         keep: checkpoints kept.
         gallery_every: updates between pictures of samples and masks; 0 is never.
-        diagnose_every: updates between measurements of the gradient's norm per step; 0 is never.
+        diagnose_every: updates between measurements of the gradient's norm per step (not under fsdp2); 0 is never.
     """
 
     out: Path = Path("runs/train")
