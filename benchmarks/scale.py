@@ -110,6 +110,21 @@ def throughput(rounds: int, updates_: int) -> dict[str, Any]:
     return result
 
 
+def count_flips(differ: Tensor, tails: int, prefix: int) -> tuple[int, int]:
+    """Draws, and those among them that flipped; after its first flip a sequence is another one and not compared.
+
+    Args:
+        differ: bool [sequences, tokens], where two draws of the same sequences differ.
+        tails: adjacent sequences that go on from one prefix, whose tokens are drawn once.
+        prefix: tokens of it.
+    """
+    tokens = differ.shape[1]
+    first = torch.where(differ.any(1), differ.int().argmax(1), tokens)
+    heads, rest = first[::tails], first[first >= prefix]
+    draws = (heads + 1).clamp(max=prefix).sum() + ((rest + 1).clamp(max=tokens) - prefix).sum()
+    return int(draws), int((heads < prefix).sum() + (rest < tokens).sum())
+
+
 def flips(batches: int) -> dict[str, Any]:
     """Draw updates as one process and as two would, and count the first differing draw of every sequence."""
     policy = load_policy("inkling")
@@ -127,10 +142,10 @@ def flips(batches: int) -> dict[str, Any]:
                 updates.draw(policy, condition, made, Sampling(), (0, batch), trained=half).whole.actions
                 for half in halves
             )
-            differ = torch.cat([first, second]) != whole
-            # After its first flip a sequence is another one: nothing is compared any more.
-            until = torch.where(differ.any(1), differ.int().argmax(1) + 1, differ.shape[1])
-            draws, flipped = draws + int(until.sum()), flipped + int(differ.any(1).sum())
+            found = count_flips(
+                torch.cat([first, second]) != whole, made.tails, schedule.span(range(made.branch_at)).stop
+            )
+            draws, flipped = draws + found[0], flipped + found[1]
         result[kind] = {"draws": draws, "flipped": flipped}
         table.add_row(kind, f"{draws:,}", str(flipped), f"{flipped / draws:.1e}")
     console.print(table)

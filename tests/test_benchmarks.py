@@ -1,14 +1,19 @@
 """The arithmetic of the results report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.communication import policy_on_meta, sent, size_of
 from benchmarks.curves import Curve, interval, level_at, load, mean_over, reaching, read_curve
 from benchmarks.noise import signal_share
 from benchmarks.results import METHODS
+from benchmarks.scale import count_flips
+
+from varl.config import MethodConfig, ParallelConfig, PolicyConfig, RunConfig, TrainConfig
 
 
 def test_budgets_are_equal_in_pictures():
@@ -88,3 +93,33 @@ def test_the_share_of_signal_is_found():
     assert share == pytest.approx(true, abs=0.01)
     assert 0 < error < 0.01
     assert abs(signal_share(noise @ noise.T)[0]) < 0.001
+
+
+def test_flips_are_counted_once_and_not_after_the_first():
+    differ = torch.zeros(6, 5, dtype=torch.bool)
+    differ[0, 1] = differ[1, 1] = differ[0, 3] = True  # the prefix of both, drawn once
+    differ[3, 3] = differ[3, 4] = True
+    # Prefixes of 2 tokens: 2 + 2 + 2 draws, one flipped; then 2 of the fourth row, flipped, and 3 of rows 2, 4, 5.
+    assert count_flips(differ, tails=2, prefix=2) == (6 + 2 + 9, 2)
+    assert count_flips(torch.zeros(4, 5, dtype=torch.bool), tails=1, prefix=5) == (20, 0)
+
+
+def test_a_large_models_communication_is_counted_on_the_meta_device():
+    config = TrainConfig(
+        policy=PolicyConfig("var", config={"size": "d16"}, precision="bfloat16"),
+        method=MethodConfig(prompts=16, group=16, middle="grid:8"),
+        run=RunConfig(micro_batch=4),
+    )
+    policy = policy_on_meta(config)
+    size, schedule = size_of(policy), policy.default_schedule
+    assert size.all == size.trained == 310_283_520
+    assert size.blocks == 16 * size.last
+    assert sent(config, "prefix", size, schedule, 8).per_process(8) == 2 * 4 * size.all * 7 / 8
+    halved = replace(config, parallel=ParallelConfig("fsdp2", "bfloat16"))
+    found = sent(halved, "prefix", size, schedule, 64)
+    root = 4 * (size.all - size.blocks)
+    assert found.gathered_to_draw == root + 2 * size.blocks
+    assert found.gathered_to_learn == root + 4 * size.blocks
+    assert found.reduce_scattered == 4 * size.all
+    with pytest.raises(ValueError, match="7 processes cannot share 256 sequences equally"):
+        sent(halved, "prefix", size, schedule, 7)

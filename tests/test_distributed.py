@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def test_portions_cover_the_sequences_and_stay_within_their_number() -> None:
         for start, stop, at_once in [(0, rows, 0), (0, rows, 5), (2, rows - 1, 3), (5, 6, 1), (1, 10, 0)]:
             drawn = []
             for heads, tails in made.portions(range(start, stop), at_once):
+                assert len(heads) == 1 or len(tails) == made.tails
                 assert at_once == 0 or len(heads) == 1 or len(heads) * len(tails) <= at_once
                 drawn += [head * made.tails + tail for head in heads for tail in tails]
             each = made.continuations
@@ -211,3 +213,10 @@ def test_a_process_alone_shares_nothing() -> None:
     assert alone.gather_values({"a": 1}) == [{"a": 1}]
     with alone.guarded():
         pass
+
+
+def test_the_slurm_script_is_one() -> None:
+    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    refused = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert "usage: sbatch examples/slurm.sh RECIPE RUN_FOLDER" in refused.stderr

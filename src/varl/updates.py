@@ -62,6 +62,9 @@ class Plan:
     def portions(self, rows: range, at_once: int) -> Iterator[tuple[range, range]]:
         """Trained sequences as (heads, tails) to draw together: adjacent heads that all get the same tails.
 
+        A head of which only some tails are asked for comes alone: whoever else draws it for the others computes it in
+        the same batch, of one, and so to the same bits.
+
         Args:
             rows: some of all prompts' trained sequences, adjacent.
             at_once: finished sequences that one portion may hold, if it has more than one head; 0 is any number.
