@@ -125,14 +125,21 @@ def three(folder: Path) -> dict[str, Any]:
     """What three processes do; the last run is one that two go on with."""
     runs = in_fp64(folder, 3)
     with in_double():
-        train(config(folder, "resumed", "fsdp2", updates=2, save_every=1))
+        train(config(folder, "resumed", "fsdp2", updates=2))
     return {"runs": runs}
 
 
-def two_again(folder: Path) -> dict[str, Any]:
-    """The rest of the run that three processes began, sharded otherwise."""
+def one_begins(folder: Path) -> None:
+    """One update of a run whose next update reuses its pictures; two processes go on with it."""
     with in_double():
-        return train(config(folder, "resumed", "ddp", save_every=1))
+        train(config(folder, "halved", kind="reused", updates=1))
+
+
+def two_again(folder: Path) -> dict[str, Any]:
+    """The rest of the runs that three processes and one began, sharded otherwise."""
+    with in_double():
+        three, one = train(config(folder, "resumed")), train(config(folder, "halved", "fsdp2", "reused"))
+    return {"three": three, "one": one}
 
 
 def _counted(folder: Path) -> dict[str, Any]:

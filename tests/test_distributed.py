@@ -126,9 +126,11 @@ def test_adapters_are_exported_whole_and_merged(folder: Path) -> None:
 
 @pytest.mark.usefixtures("three")
 def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[str, Any]) -> None:
+    distributed_runs.one_begins(folder)
     found, _ = processes.run(2, "distributed_runs.two_again", folder)
-    assert len(found["actions"]) == 1
-    assert_same_run(found, alone["alternate, ddp"])
+    assert (len(found["three"]["actions"]), len(found["one"]["actions"])) == (1, 1)
+    assert_same_run(found["three"], alone["alternate, ddp"])
+    assert_same_run(found["one"], alone["reused, ddp"])
 
 
 def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varl.config import ParallelConfig
+from varl.errors import Interrupted
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.rewards.base import RewardOutput
@@ -350,7 +351,7 @@ class Distributed:
                 dist.barrier()
         except BaseException as error:
             if self._was_not_first():
-                raise SystemExit(1) from None
+                raise SystemExit(128 + error.signal if isinstance(error, Interrupted) else 1) from None
             if self.size > 1:
                 error.add_note(f"process {self.rank} of {self.size} was the first to fail, or to lose another")
             raise

@@ -40,18 +40,23 @@ def pending_pictures(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def restored_pictures(trainer: Trainer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Sampled:
-    """What ``pending_pictures`` gave, as the trainer holds it."""
+    """What ``pending_pictures`` gave, as the trainer holds it: of several processes, each its share."""
     from varl.trainer import Sampled
 
     prompts = [trainer.stream.prompts[i] for i in values["prompts"]]
     shown = [prompt for prompt in prompts for _ in range(values["per_prompt"])]
-    condition = trainer.policy.condition(prompts, trainer.schedule).repeat(values["per_prompt"])
+    with trainer.distributed.gathered(trainer.policy):
+        condition = trainer.policy.condition(prompts, trainer.schedule).repeat(values["per_prompt"])
+    mine = trainer.distributed.share(len(shown))
+    own = slice(mine.start, mine.stop)
+    tensors = {name: value if name == "regions" else value[own] for name, value in tensors.items()}
     actions = tensors["actions"].to(trainer.device)
-    whole = Rollout(condition, actions, len(trainer.schedule), guidance=trainer.config.sampling.guidance)
+    whole = Rollout(condition.select(mine), actions, len(trainer.schedule), guidance=trainer.config.sampling.guidance)
     regions = None
     if values["points"] is not None:
         points = iter(tensors["regions"].numpy())
-        regions = [[np.array([next(points) for _ in range(count)]) for count in own] for own in values["points"]]
+        regions = [[np.array([next(points) for _ in range(count)]) for count in of] for of in values["points"]][own]
     parts = {name.removeprefix("parts."): value for name, value in tensors.items() if name.startswith("parts.")}
-    output = RewardOutput(tensors["score"], tensors["failed"], regions, parts, values["texts"])
-    return Sampled(shown, updates.Drawn(whole, whole), tensors["images"], output, None)
+    texts = None if values["texts"] is None else values["texts"][own]
+    output = RewardOutput(tensors["score"], tensors["failed"], regions, parts, texts)
+    return Sampled(shown[own], updates.Drawn(whole, whole), tensors["images"], output, None)
