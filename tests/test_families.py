@@ -75,7 +75,8 @@ def make_batch(policy: Policy, kind: Any, method: MethodConfig) -> Batch:
     drawn = updates.draw(policy, condition, plan, Sampling(top_p=0.95), (0, 0))
     shown = [prompt for prompt in prompts(method.prompts) for _ in range(plan.pictures)]
     output = reward(policy.decode(drawn.whole.actions, schedule), shown)
-    value, valid = updates.returns(output, drawn, plan, method, policy, None, 4)
+    of_rows = updates.returns(output, drawn, plan, method, policy, None, 4)
+    value, valid = (rows.view(-1, plan.group) for rows in of_rows)
     found = updates.advantages(value, valid, method)
     value = (output.score.view(method.prompts, method.group, -1) / ETA).exp().mean(-1).log() * ETA
     expected = (value - value.mean(1, keepdim=True)) / (value.std(1, unbiased=False, keepdim=True) + 1e-6)
