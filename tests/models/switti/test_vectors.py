@@ -114,7 +114,7 @@ def test_crop_condition(case: Case) -> None:
 
 def test_guided_logits(case: Case) -> None:
     state, raw = case.policy.start(case.condition, 4.0), list[Tensor]()
-    hook = case.policy.transformer.head.register_forward_hook(lambda _, __, out: raw.append(out))
+    hook = case.policy.transformer.head.register_forward_hook(lambda _, __, out: raw.append(out.clone()))
     for step in case.steps:
         case.close(case.policy.next_logits(state), f"forced.cfg_logits.{step}", GUIDED)
         case.close(raw[-1], f"forced.logits.{step}", LOGITS)
@@ -175,7 +175,7 @@ def test_bf16_as_the_pipeline_runs(case: Case) -> None:
     case.close(policy.transformer.crop_embed(torch.tensor([[512, 512, 0, 0]])), "bf16.crop_embed", 0)
     spread = case.manifest["bf16_vs_fp32_max_abs"]["reference_is_fp32_but_with_the_bf16_crop_embed"]
     state, raw = policy.start(policy.condition_from(case.features), 4.0), list[Tensor]()
-    policy.transformer.head.register_forward_hook(lambda _, __, out: raw.append(out))
+    policy.transformer.head.register_forward_hook(lambda _, __, out: raw.append(out.clone()))
     for step in case.steps:
         policy.next_logits(state)
         case.close(raw[-1], f"bf16.logits.{step}", spread[f"scale{step}"] / 2)
