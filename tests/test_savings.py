@@ -233,8 +233,29 @@ def test_a_prefix_valued_on_an_early_picture(inkling: Inkling) -> None:
     output = RewardOutput.from_scores(images.mean((1, 2, 3)), 8)
     value, _ = updates.returns(output, early, plans[1], method, inkling, None, 8)
     torch.testing.assert_close(value.flatten(), output.score.view(4, 2).exp().mean(1).log())
-    with pytest.raises(ValueError, match="value_at is step 2, and must be behind the middle step 2"):
-        updates.plan("prefix", replace(method, value_at=2), inkling.default_schedule)
+    with pytest.raises(ValueError, match="value_at is step 1, and must not be before the middle step 2"):
+        updates.plan("prefix", replace(method, value_at=1), inkling.default_schedule)
+
+
+def test_a_prefix_valued_on_its_own_picture(inkling: Inkling) -> None:
+    """Nothing is continued, so the return is the picture's reward, whatever the estimator."""
+    condition = inkling.condition(make_prompts(2))
+    method = MethodConfig(middle=3, group=2, continuations=1, value_at="grid:3", value="soft-reference")
+    plan = updates.plan("prefix", method, inkling.default_schedule)
+    with counting(inkling) as found:
+        drawn = updates.draw(inkling, condition, plan, Sampling(), (0,))
+    assert found["tokens"] == 4 * 14
+    longer = updates.plan("prefix", replace(method, value_at="end"), inkling.default_schedule)
+    expected = updates.draw(inkling, condition, longer, Sampling(), (0,)).trained.actions
+    assert torch.equal(drawn.trained.actions, expected)
+    assert torch.equal(drawn.whole.actions, expected)
+    output = RewardOutput.from_scores(torch.arange(4.0), 4)
+    value, valid = updates.returns(output, drawn, plan, method, inkling, make_inkling(1), 4)
+    assert torch.equal(value, torch.arange(4.0))
+    assert valid.all()
+    for changes in ({"continuations": 2}, {"continuations_by": "reference", "value": "soft"}):
+        with pytest.raises(ValueError, match="prefixes are not continued: method.continuations must be 1"):
+            updates.plan("prefix", replace(method, **changes), inkling.default_schedule)
 
 
 def test_the_value_of_an_early_picture_weighs_what_was_drawn(inkling: Inkling) -> None:

@@ -152,7 +152,8 @@ class MethodConfig:
         continuations_by: who draws the continuations of a prefix update: the ``policy`` (the paper's way), or the
             ``reference``, whose log-mean-exp is the soft value of the paper's Definition 1.
         value_at: the step that prefixes are valued at: ``end``, or one named as the middle step is, where continuations
-            stop and their pictures are decoded from what is there: cheaper, and another number.
+            stop and their pictures are decoded from what is there: cheaper, and another number. The middle step itself
+            values the picture of the prefix alone, with ``continuations`` 1.
         suffix_state: one prefix ``shared`` by a suffix group, an ``independent`` one for each sample, or ``reused``:
             the continuations of the prefix update before, each prefix's a group of its own. That draws and scores
             nothing, from a policy one step old whose ratio is taken to be 1.

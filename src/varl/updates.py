@@ -32,7 +32,7 @@ class Plan:
         steps: the trained steps.
         heads: sequences drawn for every prompt, up to ``branch_at``.
         tails: continuations of each, to the end.
-        branch_at: the step at which sequences branch; the number of all steps if they do not.
+        branch_at: the step at which sequences branch; ``until`` if they do not.
         group: sequences of a prompt whose returns are compared.
         continuations: pictures that one trained sequence is valued by.
         until: steps that the pictures are drawn to.
@@ -99,8 +99,13 @@ def plan(kind: Kind, method: MethodConfig, schedule: ScaleSchedule) -> Plan:
     m = schedule.middle(method.middle)
     if kind == "prefix":
         until = total if method.value_at == "end" else schedule.middle(method.value_at)
-        if until <= m:
-            raise ValueError(f"method.value_at is step {until}, and must be behind the middle step {m}")
+        if until < m:
+            raise ValueError(f"method.value_at is step {until}, and must not be before the middle step {m}")
+        if until == m and (method.continuations > 1 or method.continuations_by != "policy"):
+            raise ValueError(
+                f"method.value_at is the middle step, {m}, where prefixes are not continued: method.continuations must "
+                f"be 1, by the policy; got {method.continuations}, by the {method.continuations_by}"
+            )
         return Plan(kind, range(m), method.group, method.continuations, m, method.group, method.continuations, until)
     if method.suffix_state == "shared":
         return Plan(kind, range(m, total), 1, method.group, m, method.group, 1, total)
@@ -153,8 +158,8 @@ def draw(
     for rows, tails in plan.portions(trained, at_once):
         part = heads.select(rows) if len(rows) < heads.batch else heads
         generators = [first[row] for row in rows]
-        if plan.branch_at == len(condition.schedule):
-            whole.append(rollout(policy, part, sampling, generators))
+        if plan.branch_at == plan.until:
+            whole.append(rollout(policy, part, sampling, generators, until=plan.until))
             each(whole[-1])
             continue
         prefix = rollout(policy, part, sampling, generators, until=plan.branch_at, keep_state=True)
@@ -172,7 +177,7 @@ def draw(
         prefix.state = None
         prefixes.append(prefix)
     finished = _joined(whole)
-    return Drawn(_joined(prefixes) if plan.kind == "prefix" else finished, finished)
+    return Drawn(_joined(prefixes) if plan.kind == "prefix" and prefixes else finished, finished)
 
 
 def _batches(items: list[torch.Generator], size: int) -> list[list[torch.Generator]]:
@@ -213,8 +218,8 @@ def returns(
     score, failed = output.score.view(-1, plan.continuations), output.failed.view(-1, plan.continuations)
     valid = ~failed.any(1)
     score = score.masked_fill(failed, 0)
-    if plan.kind != "prefix":
-        value = score.squeeze(1)
+    if plan.continuations == 1:
+        value = score.squeeze(1)  # whatever the estimator
     else:
         logp = reference_logp = None
         if method.value in ("soft-reference", "policy"):
