@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,12 @@ class Settings:
     """How to measure.
 
     Attributes:
-        full: larger shapes and more rounds; for a quiet machine and half an hour.
+        full: larger shapes and more rounds, for a quiet machine.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of torch.
         seed: of weights, prompts and draws.
         rounds: times every arm runs.
+        figures: folder that pictures are written to, if any.
     """
 
     full: bool = False
@@ -38,6 +40,7 @@ class Settings:
     threads: int = 2
     seed: int = 0
     rounds: int = 2
+    figures: Path | None = None
 
 
 @dataclass(frozen=True)

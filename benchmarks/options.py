@@ -69,6 +69,11 @@ OPTIONS = (
 )
 
 
+def _of_two(case: Case) -> Case:
+    """A case with the smallest group: its ratios need no more."""
+    return replace(case, config=_method(group=2)(case.config))
+
+
 @dataclass
 class _Arm:
     """A recipe under one kind of update, which several options may be compared with."""
@@ -90,7 +95,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         made.append(_Arm(config, kind, Bench(config, settings, folder, case.decoder), []))
         return made[-1]
 
-    every, pairs = cases(settings), []
+    every, pairs = [case if settings.full else _of_two(case) for case in cases(settings)], []
     options = [option for option in OPTIONS if settings.full or not option.slow]
     for option in options:
         case = every[option.case]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot
 
-from benchmarks import flops
+from benchmarks import figures, flops
 from benchmarks.bound import STAGES, needs_of
 from benchmarks.measure import Row, Settings, Spread
 from benchmarks.shapes import Bench, var_shaped
@@ -19,7 +20,6 @@ from varl.sampling import Sampling
 __all__ = ["TITLE", "exponent", "rows", "straightness"]
 
 TITLE = "scaling: exponent of the seconds over that of the counted operations (ours / baseline)"
-FIGURE = Path("docs/figures/performance-scaling.png")
 METHOD = MethodConfig(middle="grid:8", prompts=1, group=4, continuations=2)
 
 
@@ -72,7 +72,7 @@ def straightness(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def rows(settings: Settings, folder: Path) -> list[Row]:
-    """Every sweep of prefix updates; on a full run also the figure."""
+    """Every sweep of prefix updates, and their figure."""
     found, drawn = [], []
     for sweep in sweeps(settings):
         benches = [Bench(config, settings, folder, decoder=False) for config in sweep.configs]
@@ -92,8 +92,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
             Row(group, "  R squared of seconds = a + b operations", "", straight, Spread.exact(1.0), straight, "a line")
         )
         drawn.append((sweep, counted, np.array(rounds)))
-    if settings.full:
-        _draw(drawn)
+    if settings.figures is not None:
+        _draw(drawn, settings.figures / "performance-scaling.png")
     return found
 
 
@@ -108,12 +108,7 @@ def _seconds(bench: Bench, stage: str) -> float:
     return stages(bench.step("prefix"))[stage]
 
 
-def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(drawn), figsize=(3.2 * len(drawn), 3), constrained_layout=True)
     for axis, (sweep, counted, rounds) in zip(axes, drawn, strict=True):
         slope, rest = np.polyfit(counted, np.median(rounds, 0), 1)
@@ -131,6 +126,4 @@ def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]]) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
     axes[0].legend(frameon=False)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=120)
-    pyplot.close(figure)
+    figures.save(figure, path)

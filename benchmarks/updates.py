@@ -47,9 +47,9 @@ def cases(settings: Settings) -> list[Case]:
     fine_sizes: tuple[int, ...] = (1, 2)
     few, sampling = replace(method, group=2), Sampling()
     if settings.full:
-        method = replace(method, prompts=2, group=8)
-        depth, width, sizes, fine_sizes = 4, 256, (4, 8, 16), (1, 2, 4)
-        few, sampling = replace(method, prompts=1, group=4), paper()
+        method, sampling = replace(method, group=8), paper()
+        depth, width, sizes, fine_sizes = 2, 128, (2, 4, 8), (1, 2, 4)
+        few = replace(method, group=4)
     at_8, at_16 = replace(method, middle="grid:8"), replace(few, middle="grid:16")
     return [
         Case("Inkling with OCR", inkling(2, settings.threads), (16, 32)),

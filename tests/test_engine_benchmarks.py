@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import flops
-from benchmarks.__main__ import parse
+from benchmarks.__main__ import SECTIONS, parse
 from benchmarks.bound import Arm, best, needs, needs_of
 from benchmarks.measure import Goal, Row, Settings, Spread
 from benchmarks.ocr import GAP, sheet
 from benchmarks.options import OPTIONS
 from benchmarks.peaks import peak
+from benchmarks.savings import SAVINGS, Saving, all_classes_sorted
 from benchmarks.scaling import exponent, straightness
 from benchmarks.shapes import Bench, Kind, Naive, Step, paper, sides, var_shaped
 from benchmarks.updates import Case, case_rows, cases, check
@@ -24,6 +25,7 @@ import tiny_runs
 from small import counting
 from varl import Prompt, Sampling, ScaleSchedule, load_policy, rollout
 from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
+from varl.sampling import filter_logits
 
 VAR = {
     "transformer": {"embed_dim": 64, "num_heads": 2, "depth": 3, "patch_nums": (1, 2, 3, 4), "mlp_ratio": 3.0},
@@ -251,9 +253,41 @@ def test_options_change_the_recipe_they_are_measured_on():
         assert option.change(config) != config
 
 
+@pytest.mark.parametrize(
+    ("saving", "kind"),
+    [(saving, kind) for saving in SAVINGS for kind in saving.kinds],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_without_a_saving_an_update_is_the_same_and_does_more(bench: Bench, saving: Saving, kind: Kind):
+    """More tokens, more rows of the head, or more numbers made by the sampler."""
+    blocks, head = bench.trainer.policy.transformer.blocks[0], bench.trainer.policy.transformer.head
+    with counting(blocks) as tokens, counting(head) as scored:
+        plain = bench.step(kind)
+    with counting(blocks) as more, counting(head) as more_scored, saving.without(bench):
+        other = bench.step(kind)
+    sampler = saving.name in ("top-p looks at what top-k left", "one random number a token")
+    entropies = "entropies" in saving.name
+    assert (sum(more) > sum(tokens)) == (not sampler and not entropies)
+    assert sum(more_scored) >= sum(scored)
+    same = torch.equal(plain.batch.sequences.actions, other.batch.sequences.actions)
+    assert same == (saving.name != "one random number a token")
+    if same:
+        assert other.record["loss"] == pytest.approx(plain.record["loss"], rel=1e-5)
+        assert other.record["gradient_norm"] == pytest.approx(plain.record["gradient_norm"], rel=1e-4)
+    again = bench.step(kind)
+    assert again.record["loss"] == plain.record["loss"]
+
+
+def test_sorting_all_classes_keeps_the_same():
+    logits = 3 * torch.randn(5, 7, 40)
+    for sampling in (Sampling(top_k=6, top_p=0.8), Sampling(top_p=0.5), Sampling(top_k=3)):
+        assert torch.equal(all_classes_sorted(logits, sampling), filter_logits(logits, sampling))
+
+
 def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     settings, names, out = parse(["--full", "--only", "ocr", "--out", "x.json", "--seed", "3"])
-    assert (settings.full, settings.rounds, settings.seed, names, out) == (True, 5, 3, ["ocr"], Path("x.json"))
+    assert (settings.full, settings.rounds, settings.seed, names, out) == (True, 3, 3, ["ocr"], Path("x.json"))
+    assert set(parse([])[1]) < set(parse(["--full"])[1]) == set(SECTIONS)
     with pytest.raises(SystemExit):
         parse(["--only", "everything"])
     assert "invalid choice: 'everything'" in capsys.readouterr().err
