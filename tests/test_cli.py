@@ -14,7 +14,7 @@ import yaml
 import tiny_runs
 from models.infinity.cases import SMALL
 from small import make_inkling, make_prompts
-from varl import Prompt, Sampling, cli, commands
+from varl import Prompt, Sampling, cli, policy_commands
 from varl.config import PolicyConfig
 from varl.loading import prepare
 from varl.policy import Condition, Policy
@@ -130,15 +130,17 @@ def test_a_prompt_or_several(given: str, texts: list[str]) -> None:
 
 def test_pictures_do_not_depend_on_the_batch(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[Sequence[Prompt], torch.Tensor]] = []
-    monkeypatch.setattr(commands, "save_pictures", lambda _, prompts, pictures: saved.append((prompts, pictures)))
+    monkeypatch.setattr(
+        policy_commands, "save_pictures", lambda _, prompts, pictures: saved.append((prompts, pictures))
+    )
     drawn: list[int] = []
-    inner = commands.rollout
+    inner = policy_commands.rollout
 
     def counted(policy: Policy, condition: Condition, *rest: Any) -> Any:
         drawn.append(condition.batch)
         return inner(policy, condition, *rest)
 
-    monkeypatch.setattr(commands, "rollout", counted)
+    monkeypatch.setattr(policy_commands, "rollout", counted)
     out = recipe.parent / "sheet.png"
     for batch in (3, 2):
         assert cli.main(["generate", str(recipe), "--batch", str(batch), "--out", str(out)]) == 0

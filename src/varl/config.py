@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from varl.algorithm import KL, AdvantageKind, Count, Coverage, Empty, Estimator, Merge, Propagation, Ratio, RegionShape
+from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, need
 from varl.sampling import Sampling
 from varl.schedule import MiddleStep
 
@@ -25,11 +25,6 @@ __all__ = [
 ]
 
 
-def _need(fine: bool, message: str) -> None:
-    if not fine:
-        raise ValueError(message)
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """LoRA: small matrices beside frozen weights are trained instead of the weights.
@@ -45,8 +40,8 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _need(self.rank >= 0, f"policy.lora.rank must be 0 (off) or more, got {self.rank}")
-        _need(0 < self.alpha < math.inf, f"policy.lora.alpha must be positive and finite, got {self.alpha}")
+        need(self.rank >= 0, f"policy.lora.rank must be 0 (off) or more, got {self.rank}")
+        need(0 < self.alpha < math.inf, f"policy.lora.alpha must be positive and finite, got {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -100,8 +95,8 @@ class PromptConfig:
     region_counts: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
-        _need(self.count > 0, f"prompts.count must be positive, got {self.count}")
-        _need(self.seed >= 0, f"prompts.seed must be 0 or more, got {self.seed}")
+        need(self.count > 0, f"prompts.count must be positive, got {self.count}")
+        need(self.seed >= 0, f"prompts.seed must be 0 or more, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class MaskConfig:
     kl: bool = False
 
     def __post_init__(self) -> None:
-        _need(0 <= self.dilation < math.inf, f"method.mask.dilation must be 0 or more pixels, got {self.dilation}")
+        need(0 <= self.dilation < math.inf, f"method.mask.dilation must be 0 or more pixels, got {self.dilation}")
 
 
 @dataclass(frozen=True)
@@ -197,13 +192,13 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "continuations", "epochs", "prefix_updates", "suffix_updates"):
-            _need(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
-        _need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
-        _need(math.isfinite(self.alpha), f"method.alpha must be a finite number, got {self.alpha}")
-        _need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
-        _need(0 <= self.beta < math.inf, f"method.beta must be 0 or more, and finite, got {self.beta}")
-        _need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
-        _need(
+            need(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+        need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
+        need(math.isfinite(self.alpha), f"method.alpha must be a finite number, got {self.alpha}")
+        need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
+        need(0 <= self.beta < math.inf, f"method.beta must be 0 or more, and finite, got {self.beta}")
+        need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
+        need(
             self.continuations_by == "policy" or self.value not in ("soft-reference", "policy"),
             f"method.value {self.value} weighs continuations of the policy; with continuations_by reference use soft",
         )
@@ -211,13 +206,13 @@ class MethodConfig:
             self._check_reuse()
 
     def _check_reuse(self) -> None:
-        _need(self.update == "alternate", "method.suffix_state reused needs prefix updates: method.update alternate")
-        _need(self.suffix_updates == 1, "method.suffix_state reused has pictures for one suffix update in a row only")
-        _need(
+        need(self.update == "alternate", "method.suffix_state reused needs prefix updates: method.update alternate")
+        need(self.suffix_updates == 1, "method.suffix_state reused has pictures for one suffix update in a row only")
+        need(
             self.continuations > 1, "method.suffix_state reused compares continuations: method.continuations 2 or more"
         )
         whole = self.value_at == "end" and self.continuations_by == "policy"
-        _need(
+        need(
             whole,
             "method.suffix_state reused needs whole pictures by the policy: value_at end, continuations_by policy",
         )
@@ -253,135 +248,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "suffix_scale"):
             value = getattr(self, name)
-            _need(0 < value < math.inf, f"optimizer.{name} must be positive and finite, got {value}")
+            need(0 < value < math.inf, f"optimizer.{name} must be positive and finite, got {value}")
         for name in ("warmup_from", "weight_decay"):
             value = getattr(self, name)
-            _need(0 <= value < math.inf, f"optimizer.{name} must be 0 or more, and finite, got {value}")
-        _need(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}")
-        _need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
-        _need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out evaluation.
-
-    Attributes:
-        source: a prompt file, or ``inkling:held-out``, generated from words that are never trained on.
-        count: how many prompts to generate; ignored for files.
-        prompt_seed: of the generated prompts.
-        seed: of the pictures.
-        sampling: how the pictures are drawn; by default as in training.
-        every: updates between evaluations; 0 evaluates only before and after.
-        enabled: evaluate at all.
-        alarm_window: warn of reward hacking if over so many evaluations the training reward rose while a held-out
-            metric fell, both beyond noise; 0 is never.
-        alarm_stops: then also stop the run.
-    """
-
-    source: str = "inkling:held-out"
-    count: int = 128
-    prompt_seed: int = 1
-    seed: int = 0
-    sampling: Sampling | None = None
-    every: int = 0
-    enabled: bool = True
-    alarm_window: int = 3
-    alarm_stops: bool = False
-
-    def __post_init__(self) -> None:
-        _need(self.count > 0, f"evaluation.count must be positive, got {self.count}")
-        window = self.alarm_window
-        _need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
-        for name in ("seed", "prompt_seed", "every"):
-            _need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
-
-
-PICTURES = 32
-"""Pictures at once where the run measures how many sequences are learned from at once."""
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the processes that ``torchrun`` starts share the work; with one process it matters little.
-
-    Attributes:
-        mode: ``ddp``: every process holds the model; ``fsdp2``: they share its parameters, gradients and moments.
-        param_dtype: type that fsdp2 gathers the weights of blocks in; ``bfloat16``, for policy.precision bfloat16 only,
-            halves what is sent. Gradients are summed in float32.
-        cpu_offload: fsdp2 keeps parameters, gradients and moments in the CPU's memory.
-        timeout: seconds that a process waits for the others before it gives up.
-    """
-
-    mode: Literal["ddp", "fsdp2"] = "ddp"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    cpu_offload: bool = False
-    timeout: float = 1800.0
-
-    def __post_init__(self) -> None:
-        _need(0 < self.timeout < math.inf, f"parallel.timeout must be positive and finite, got {self.timeout}")
-        for name, off in (("param_dtype", "float32"), ("cpu_offload", False)):
-            value = getattr(self, name)
-            _need(self.mode == "fsdp2" or value == off, f"parallel.{name} {value} needs parallel.mode fsdp2")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How long, where and how.
-
-    Attributes:
-        out: run folder; a run found there is gone on with.
-        updates: optimizer updates in all.
-        seed: of everything drawn in training.
-        device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads of the model; 0 leaves torch's choice.
-        micro_batch: sequences in one forward and backward pass, and pictures decoded or evaluated at once; ``auto``
-            measures, at the first update of each kind, what costs the least time and fits in memory, and keeps to it in
-            this run folder.
-        rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
-        overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
-            quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
-        ema: evaluate and export an exponential moving average of the weights, of which an update keeps this share; 0 is
-            the weights themselves.
-        save_every: updates between checkpoints.
-        keep: newest checkpoints kept; that of the best held-out score stays besides.
-        failure_window: of how many last updates the failures are counted.
-        max_failed_share: stop if in these more than this share of the pictures or optimizer steps failed; 1 is never.
-        gallery_every: updates between pictures of samples and masks; 0 is never.
-        diagnose_every: updates between measurements of the gradient's norm per step (not under fsdp2); 0 is never.
-    """
-
-    out: Path = Path("runs/train")
-    updates: int = 100
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-    micro_batch: int | Literal["auto"] = 32
-    rollout_batch: int = 0
-    overlap: bool = False
-    ema: float = 0.0
-    save_every: int = 20
-    keep: int = 2
-    failure_window: int = 20
-    max_failed_share: float = 0.5
-    gallery_every: int = 20
-    diagnose_every: int = 20
-
-    def __post_init__(self) -> None:
-        _need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
-        for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
-            value = getattr(self, name)
-            _need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
-        share = self.max_failed_share
-        _need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
-        for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
-            _need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
-
-    @property
-    def picture_batch(self) -> int:
-        """Pictures that an evaluation draws and decodes at once: no more than training does."""
-        sequences = PICTURES if self.micro_batch == "auto" else self.micro_batch
-        return min(sequences, self.rollout_batch or sequences)
+            need(0 <= value < math.inf, f"optimizer.{name} must be 0 or more, and finite, got {value}")
+        need(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}")
+        need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
+        need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
 
 
 @dataclass(frozen=True)
@@ -412,7 +285,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         computed = {self.policy.precision, self.policy.rollout_precision or self.policy.precision}
-        _need(
+        need(
             self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
             "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
         )
@@ -420,4 +293,4 @@ class TrainConfig:
             ("policy.compile", self.policy.compile),
             ("run.micro_batch auto", self.run.micro_batch == "auto"),
         ):
-            _need(not asked or self.parallel.mode == "ddp", f"{name} does not go with parallel.mode fsdp2")
+            need(not asked or self.parallel.mode == "ddp", f"{name} does not go with parallel.mode fsdp2")

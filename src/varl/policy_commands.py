@@ -1,0 +1,251 @@
+"""What the commands do that use a policy and do not train it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varl.config import PolicyConfig
+from varl.console import console, progress_bar
+from varl.doctor import check_enough, check_policy, check_reader
+from varl.errors import checking
+from varl.evaluation.held_out import evaluate as evaluate_policy
+from varl.loading import autocast, choose_device, prepare
+from varl.policy import Policy, Prompt
+from varl.probe import check_counts
+from varl.probe import probe as probe_policy
+from varl.prompts import check_prompts, quoted_words, resolve_prompts
+from varl.rewards import load_reward
+from varl.rollout import rollout, row_generators
+from varl.run.gallery import save_pictures
+from varl.sampling import Sampling
+from varl.schedule import ScaleSchedule
+
+__all__ = ["DoctorConfig", "EvaluateConfig", "GenerateConfig", "ProbeConfig", "doctor", "evaluate", "generate", "probe"]
+
+SHIPPED_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of ``varl generate``.
+
+    Attributes:
+        prompt: a prompt as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom", or a list of them; instead
+            of a source.
+        source: a prompt file; ``inkling:held-out``; or ``labels:0-999``, classes.
+        count: how many prompts of the source to generate or take.
+        batch: pictures drawn at once.
+        out: the picture to write: one sheet of all samples.
+        policy: the model.
+        sampling: how it is sampled.
+        seed: of the draws.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    prompt: list[str] | str = field(default_factory=list)
+    source: str = "inkling:held-out"
+    count: int = 16
+    batch: int = 32
+    out: Path = Path("pictures.png")
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 picture, got {batch}")
+
+
+def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, torch.autocast]:
+    """A policy for use, not training: its schedule, and the precision it computes in."""
+    chosen = choose_device(device)
+    policy = prepare(config, chosen)
+    return policy, policy.schedules(config.resolution, config.aspect_ratio), autocast(config, chosen)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Draw pictures for prompts and save them as one sheet."""
+    with checking():
+        texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+        prompts = [Prompt(text, quoted_words(text)) for text in texts]
+        prompts = prompts or resolve_prompts(config.source, count=config.count)[: config.count]
+        policy, schedule, precision = _load(config.policy, config.device)
+        check_prompts(policy, prompts, schedule)
+        if not config.out.resolve().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {config.out.resolve().parent} to write {config.out.name} into")
+    generators, pictures = row_generators((config.seed,), len(prompts)), []
+    with precision:
+        for first in range(0, len(prompts), config.batch):
+            rows = slice(first, first + config.batch)
+            drawn = rollout(policy, policy.condition(prompts[rows], schedule), config.sampling, generators[rows])
+            pictures.append(policy.decode(drawn.actions, schedule).float().cpu())
+    save_pictures(config.out, prompts, torch.cat(pictures))
+    console.print(f"{len(prompts)} pictures: {config.out}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of ``varl evaluate``.
+
+    Attributes:
+        source: a prompt file; ``inkling:held-out``, generated from words that are never trained on; or
+            ``labels:0-999``, classes.
+        count: how many prompts to generate; ignored for files.
+        prompt_seed: of the generated prompts.
+        seed: of the pictures.
+        batch: pictures drawn at once.
+        policy: the model.
+        sampling: how it is sampled.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
+        out: also write the result as JSON.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:held-out"
+    count: int = 128
+    prompt_seed: int = 1
+    seed: int = 0
+    batch: int = 32
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    reward: str | dict[str, Any] = "ocr"
+    out: Path | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score a policy on held-out prompts: word accuracy, NED and reward, each with a 95% interval."""
+    with checking():
+        prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
+        reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        check_prompts(policy, prompts, schedule)
+    with progress_bar() as bar:
+        task = bar.add_task("evaluating", total=len(prompts), note="")
+        result = evaluate_policy(
+            policy,
+            prompts,
+            config.sampling,
+            reward,
+            seed=config.seed,
+            batch=config.batch,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            schedule=schedule,
+            precision=precision,
+        )
+    console.print(result.table())
+    if config.out is not None:
+        config.out.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Settings of ``varl probe``.
+
+    Attributes:
+        source: prompt file, or ``inkling:train``.
+        count: prompts to measure on.
+        prefixes: states drawn for every prompt and step.
+        continuations: continuations of each.
+        batch: pictures drawn at once, but at least those of one prompt.
+        policy: the model.
+        sampling: how it is sampled.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
+        out: folder for probe.json and probe.png.
+        seed: of the draws.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:train"
+    count: int = 24
+    prefixes: int = 4
+    continuations: int = 4
+    batch: int = 512
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: Sampling = SHIPPED_SAMPLING
+    reward: str | dict[str, Any] = "ocr"
+    out: Path = Path("runs/probe")
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_batch(self.batch)
+
+
+def probe(config: ProbeConfig) -> None:
+    """Measure at which step the reward is decided, and suggest m and the alternation.
+
+    For each step: the share of the within-prompt variance of the reward that lies between states at that step, by
+    nested draws that fork the caches, and the entropy of its tokens.
+    """
+    with checking():
+        prompts = resolve_prompts(config.source, count=config.count)[: config.count]
+        check_counts(len(prompts), config.prefixes, config.continuations)
+        reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        check_prompts(policy, prompts, schedule)
+        config.out.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as bar, precision:
+        task = bar.add_task("probing", total=None, note="")
+        result = probe_policy(
+            policy,
+            reward,
+            prompts,
+            config.sampling,
+            prefixes=config.prefixes,
+            continuations=config.continuations,
+            batch=config.batch,
+            seed=config.seed,
+            schedule=schedule,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(result.table())
+    m, n = result.suggestion()
+    suggestion = f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1"
+    console.print(suggestion, soft_wrap=True)
+    (config.out / "probe.json").write_text(json.dumps(result.to_dict(), indent=1))
+    result.plot(config.out / "probe.png")
+    console.print(f"figure: {config.out / 'probe.png'}")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Settings of ``varl doctor``.
+
+    Attributes:
+        source: prompt file, or ``inkling:train``.
+        policy: the model.
+        reward: ``ocr``, ``my_module:my_reward``, or a mapping with options.
+        device: ``cpu``, ``cuda`` or ``auto``.
+    """
+
+    source: str = "inkling:train"
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: str | dict[str, Any] = "ocr"
+    device: str = "auto"
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
+    with checking():
+        prompts = resolve_prompts(config.source, count=4)[:4]
+        check_enough(prompts)
+        reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
+        check_prompts(policy, prompts, schedule)
+    failed = 0
+    for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
+        mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"
+        console.print(f"{mark} {check.name}: {check.found}")
+        failed += not check.fine
+    return 1 if failed else 0

@@ -1,0 +1,144 @@
+"""What surrounds the updates of a run, as settings: held-out evaluation, files and batches, and its processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from varl.sampling import Sampling
+
+__all__ = ["EvaluationConfig", "ParallelConfig", "RunConfig", "need"]
+
+
+def need(fine: bool, message: str) -> None:
+    """Refuse a setting.
+
+    Raises:
+        ValueError: with the message, unless all is fine.
+    """
+    if not fine:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation.
+
+    Attributes:
+        source: a prompt file, or ``inkling:held-out``, generated from words that are never trained on.
+        count: how many prompts to generate; ignored for files.
+        prompt_seed: of the generated prompts.
+        seed: of the pictures.
+        sampling: how the pictures are drawn; by default as in training.
+        every: updates between evaluations; 0 evaluates only before and after.
+        enabled: evaluate at all.
+        alarm_window: warn of reward hacking if over so many evaluations the training reward rose while a held-out
+            metric fell, both beyond noise; 0 is never.
+        alarm_stops: then also stop the run.
+    """
+
+    source: str = "inkling:held-out"
+    count: int = 128
+    prompt_seed: int = 1
+    seed: int = 0
+    sampling: Sampling | None = None
+    every: int = 0
+    enabled: bool = True
+    alarm_window: int = 3
+    alarm_stops: bool = False
+
+    def __post_init__(self) -> None:
+        need(self.count > 0, f"evaluation.count must be positive, got {self.count}")
+        window = self.alarm_window
+        need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
+        for name in ("seed", "prompt_seed", "every"):
+            need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+PICTURES = 32
+"""Pictures at once where the run measures how many sequences are learned from at once."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that ``torchrun`` starts share the work; with one process it matters little.
+
+    Attributes:
+        mode: ``ddp``: every process holds the model; ``fsdp2``: they share its parameters, gradients and moments.
+        param_dtype: type that fsdp2 gathers the weights of blocks in; ``bfloat16``, for policy.precision bfloat16 only,
+            halves what is sent. Gradients are summed in float32.
+        cpu_offload: fsdp2 keeps parameters, gradients and moments in the CPU's memory.
+        timeout: seconds that a process waits for the others before it gives up.
+    """
+
+    mode: Literal["ddp", "fsdp2"] = "ddp"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    cpu_offload: bool = False
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        need(0 < self.timeout < math.inf, f"parallel.timeout must be positive and finite, got {self.timeout}")
+        for name, off in (("param_dtype", "float32"), ("cpu_offload", False)):
+            value = getattr(self, name)
+            need(self.mode == "fsdp2" or value == off, f"parallel.{name} {value} needs parallel.mode fsdp2")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where and how.
+
+    Attributes:
+        out: run folder; a run found there is gone on with.
+        updates: optimizer updates in all.
+        seed: of everything drawn in training.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: CPU threads of the model; 0 leaves torch's choice.
+        micro_batch: sequences in one forward and backward pass, and pictures decoded or evaluated at once; ``auto``
+            measures, at the first update of each kind, what costs the least time and fits in memory, and keeps to it in
+            this run folder.
+        rollout_batch: pictures drawn at once, which bounds the caches of keys and values; 0 draws all of an update's.
+        overlap: score pictures while others are drawn and the reference is run, in parts of ``rollout_batch`` (if 0, in
+            quarters of an update). The same numbers, if a picture's reward does not depend on its batch.
+        ema: evaluate and export an exponential moving average of the weights, of which an update keeps this share; 0 is
+            the weights themselves.
+        save_every: updates between checkpoints.
+        keep: newest checkpoints kept; that of the best held-out score stays besides.
+        failure_window: of how many last updates the failures are counted.
+        max_failed_share: stop if in these more than this share of the pictures or optimizer steps failed; 1 is never.
+        gallery_every: updates between pictures of samples and masks; 0 is never.
+        diagnose_every: updates between measurements of the gradient's norm per step (not under fsdp2); 0 is never.
+    """
+
+    out: Path = Path("runs/train")
+    updates: int = 100
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    micro_batch: int | Literal["auto"] = 32
+    rollout_batch: int = 0
+    overlap: bool = False
+    ema: float = 0.0
+    save_every: int = 20
+    keep: int = 2
+    failure_window: int = 20
+    max_failed_share: float = 0.5
+    gallery_every: int = 20
+    diagnose_every: int = 20
+
+    def __post_init__(self) -> None:
+        need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
+        for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
+            value = getattr(self, name)
+            need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
+        share = self.max_failed_share
+        need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
+        for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
+            need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def picture_batch(self) -> int:
+        """Pictures that an evaluation draws and decodes at once: no more than training does."""
+        sequences = PICTURES if self.micro_batch == "auto" else self.micro_batch
+        return min(sequences, self.rollout_batch or sequences)
