@@ -278,6 +278,9 @@ def test_a_prefilled_state_is_one_that_drew(family: Family, until: int, guidance
     rows = [2, 0, 2]
     found, expected = (policy.next_logits(one.select(rows)) for one in (read, state))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    if guidance:
+        with pytest.raises(ValueError, match="it takes no guidance"):
+            policy.prefill(condition, actions, until, guidance)
 
 
 @every

@@ -387,6 +387,13 @@ def test_a_run_keeps_to_what_it_measured(weights: Path, tmp_path: Path, monkeypa
     assert tried == []
 
 
+def test_measuring_leaves_no_gradients() -> None:
+    policy, method = make_inkling(), MethodConfig(middle=3, group=4)
+    own, batch = learner(policy, method), drawn(policy, "prefix", method)
+    assert sizing.fastest_micro_batch(own, batch.sequences, batch.steps) in (1, 2, 4, 8)
+    assert all(parameter.grad is None for parameter in own.parameters)
+
+
 def test_measuring_takes_no_step(weights: Path, tmp_path: Path) -> None:
     measured = run(weights, tmp_path / "measured", {}, micro_batch="auto")
     sizes = json.loads((tmp_path / "measured" / "micro_batches.json").read_text())

@@ -23,6 +23,21 @@ def test_a_token_sees_its_grid_and_coarser_ones(scale: float | None) -> None:
     torch.testing.assert_close(attend_by_scale(q, k, v, COUNTS, scale), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_are_those_of_masked_attention(first: int) -> None:
+    """Keys and values collect the gradients of all grids that see them; a prefix has no queries."""
+    q, k, v = (x.double().requires_grad_() for x in qkv())
+    start, weight = sum(COUNTS[:first]), torch.randn(ROWS, HEADS, TOKENS, WIDTH, dtype=torch.double)
+    scores = q @ k.transpose(2, 3) * WIDTH**-0.5
+    masked = scores.masked_fill(STEP[None, :] > STEP[:, None], -torch.inf).softmax(-1) @ v
+    ours = attend_by_scale(q[:, :, start:], k, v, COUNTS[first:])
+    found, expected = (
+        torch.autograd.grad((out * weight[:, :, start:]).sum(), (q, k, v)) for out in (ours, masked[:, :, start:])
+    )
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_queries_after_a_prefix(first: int) -> None:
     q, k, v = qkv()
