@@ -48,7 +48,7 @@ def savings(rows: Sequence[Row], path: Path) -> None:
     middles = np.array([row.ratio.median for row in rows])
     errors = [middles - [row.ratio.low for row in rows], [row.ratio.high for row in rows] - middles]
     colours = ["C0" if kind.startswith("prefix") else "C1" for kind in kinds]
-    axis.barh(range(len(rows)), middles, xerr=errors, color=colours)
+    axis.barh(range(len(rows)), middles - 1, left=1, xerr=errors, color=colours)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(
         range(len(rows)), [f"{row.what} ({kind})" for row, kind in zip(rows, kinds, strict=True)], fontsize=8

@@ -3,7 +3,7 @@
     python -m benchmarks.results run --seeds 5 --pictures 5120
     python -m benchmarks.results time
     python -m benchmarks.results report
-    python -m benchmarks.results run --methods guided unguided early bf16 --data benchmarks/data/savings
+    python -m benchmarks.results run --methods unguided early guided rescored --data benchmarks/data/savings
 
 Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with overrides, so an
 interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training.
@@ -63,7 +63,8 @@ class Method:
 ONE = PROMPTS * GROUP
 CYCLE = ONE * (3 * 2 + 1)
 """Pictures of three prefix updates with two continuations, and a suffix update."""
-GUIDED: dict[str, object] = {"sampling.guidance": 1.0, "evaluation.sampling.guidance": 1.0}
+TESTED_GUIDED: dict[str, object] = {"sampling.guidance": 0.0, "evaluation.sampling.guidance": 1.0}
+GUIDED: dict[str, object] = {**TESTED_GUIDED, "sampling.guidance": 1.0}
 PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
@@ -86,12 +87,12 @@ METHODS = {
     "full": Method("full method, the recipe", {}, ONE),
 }
 SAVINGS = {
-    "guided": Method("the recipe, guided", GUIDED, ONE),
-    "unguided": Method("  rollouts without guidance", {**GUIDED, "sampling.guidance": 0.0}, ONE),
-    "early": Method("  prefixes valued on 6x6 pictures", {**GUIDED, "method.value_at": "grid:6"}, ONE),
-    "bf16": Method("  bf16 rollouts", {**GUIDED, "policy.rollout_precision": "bfloat16"}, ONE),
+    "unguided": Method("the recipe: rollouts without guidance", TESTED_GUIDED, ONE),
+    "early": Method("  and prefixes valued on 6x6 pictures", {**TESTED_GUIDED, "method.value_at": "grid:6"}, ONE),
+    "guided": Method("guided rollouts", GUIDED, ONE),
+    "rescored": Method("  and log-probabilities under guidance", {**GUIDED, "method.logp": "sampling"}, ONE),
 }
-"""What the savings of docs/performance.md do to learning: the recipe with each, all evaluated with guidance."""
+"""What the savings of docs/performance.md do to learning, all evaluated with guidance."""
 ALL = METHODS | SAVINGS
 
 
