@@ -122,6 +122,11 @@ class Distributed:
         """Whether the model's parameters are spread over the processes."""
         return self.config.mode == "fsdp2"
 
+    @property
+    def outlived_s(self) -> float:
+        """How many seconds processes of a group that was killed may go on: until each has seen that it was."""
+        return 2 * (POLL_S + GRACE_S) if self.size > 1 else 0.0
+
     # Rows and values.
 
     def share(self, rows: int) -> range:

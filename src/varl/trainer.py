@@ -132,7 +132,7 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
-        self.folder = RunFolder(config, self.distributed.main)
+        self.folder = RunFolder(config, self.distributed.main, self.distributed.outlived_s)
         try:
             self._resume()
         except BaseException:

@@ -172,7 +172,8 @@ class Checkpoints:
         if update == self._newest:
             return
         faults.point("checkpoint begins")
-        staged = cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
+        # By name: which process writes what they share follows the order, and a run that was gone on with has another.
+        staged = cast(dict[str, Tensor], self._stager.stage(dict(sorted(tensors.items()))))
         faults.point("checkpoint staged")
         self._pending = self._thread.submit(self._write, update, staged, dict(values), best)
         self._newest = update
