@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +205,14 @@ def test_a_failed_write_is_raised_at_the_next_call_and_leaves_no_trace(
     checkpoints.save(30, TENSORS, {}, None)
     checkpoints.wait()
     assert names(tmp_path) == ["update-000010", "update-000030"]
+
+
+def test_an_older_torch_is_named_before_anything_else() -> None:
+    older = "import torch.distributed.checkpoint.staging as staging; del staging.DefaultStager; import varl.cli"
+    ended = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: checkpoints need torch 2.9 or newer, this is {torch.__version__}")
 
 
 # --- Several processes: a checkpoint of 2 is read by 1 and by 3. ---
