@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 from dataclasses import replace
@@ -95,6 +96,15 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
     else:
         assert found == expected
+
+
+def test_micro_batches_are_chosen_together_under_fsdp2(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["measured"]["sizes"] == {"prefix": 4, "suffix": 4}
+    assert_same_run(two[0]["measured"]["run"], alone["alternate, ddp"])
+    norms = two[0]["measured"]["norms"]
+    assert [len(of_update) for of_update in norms] == [4, 4, 1]
+    assert all(0 < norm < math.inf for of_update in norms for norm in of_update)
 
 
 def test_a_rollout_gathers_each_unit_once(two: list[dict[str, Any]]) -> None:

@@ -45,7 +45,7 @@ from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.rewards.base import RewardOutput
 
-__all__ = ["Distributed", "Stage"]
+__all__ = ["OUTLIVED_S", "Distributed", "Stage"]
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 """Times what is done within it, by name."""
@@ -61,6 +61,8 @@ FAILED = "failed"
 """Under this key of the processes' common store stands the first to fail."""
 POLL_S, GRACE_S = 1.0, 5.0
 """How often a process looks whether another has failed, and how long it then may take to end by itself."""
+OUTLIVED_S = 2 * (POLL_S + GRACE_S)
+"""For so long processes may go on of whom one was killed."""
 
 
 class Distributed:
@@ -121,11 +123,6 @@ class Distributed:
     def sharded(self) -> bool:
         """Whether the model's parameters are spread over the processes."""
         return self.config.mode == "fsdp2"
-
-    @property
-    def outlived_s(self) -> float:
-        """How many seconds processes of a group that was killed may go on: until each has seen that it was."""
-        return 2 * (POLL_S + GRACE_S) if self.size > 1 else 0.0
 
     # Rows and values.
 
@@ -239,7 +236,7 @@ class Distributed:
             # Every process divides by the rows of all: gradients add up.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        # Until ``add_up`` lets go of them, two units stay whole: the root, which each chunk of the head would gather
+        # Until ``let_go``, two units stay whole: the root, which each chunk of the head would gather
         # again in the backward pass, and the last block, which a shared prefix enters by its keys and values alone,
         # where nothing would tell the unit to gather its weights.
         root = cast(FSDPModule, module)
@@ -275,10 +272,14 @@ class Distributed:
                 unit.set_reshard_after_forward(unit not in policies, recurse=False)
                 unit.reshard()
 
-    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients over the processes; sharded ones were summed in the backward pass."""
+    def let_go(self) -> None:
+        """Shard the units again that stay whole between backward passes."""
         for unit in self._kept:
             unit.reshard()
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients over the processes; sharded ones were summed in the backward pass."""
+        self.let_go()
         if self.size == 1 or self.sharded:
             return
         bucket: list[Tensor] = []

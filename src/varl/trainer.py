@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
 from varl.config import TrainConfig
-from varl.distributed import Distributed
+from varl.distributed import OUTLIVED_S, Distributed
 from varl.ema import Average
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
@@ -132,7 +132,8 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
-        self.folder = RunFolder(config, self.distributed.main, self.distributed.outlived_s)
+        patience = OUTLIVED_S if self.distributed.size > 1 else 0.0
+        self.folder = RunFolder(config, self.distributed.main, patience)
         try:
             self._resume()
         except BaseException:
@@ -182,9 +183,8 @@ class Trainer:
             total=total,
         )
         record = self._record(plan, output, value_PG, advantages)
-        diagnose = self._due(self.config.run.diagnose_every) and not self.distributed.sharded
         with self.precision():
-            record |= self.learner.learn(batch, self.stage, diagnose)
+            record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
         if self.ema is not None:
             self.ema.update()
         self.update += 1
@@ -237,8 +237,7 @@ class Trainer:
         known = self.distributed.gather_values(self.folder.micro_batches())[0]
         if plan.kind not in known:
             with self.stage("measuring"), self.precision():
-                fastest = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
-            known[plan.kind] = min(self.distributed.gather_values(fastest))
+                known[plan.kind] = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
             logger.info("%s updates take %d sequences at a time", plan.kind, known[plan.kind])
             if self.distributed.main:
                 self.folder.note_micro_batches(known)
