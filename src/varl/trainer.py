@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
 from varl.config import TrainConfig
-from varl.distributed import OUTLIVED_S, Distributed
+from varl.distributed import Distributed
 from varl.ema import Average
+from varl.ending import OUTLIVED_S
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.loading import autocast, choose_device, frozen_copy, prepare
