@@ -151,6 +151,9 @@ def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:
     assert "process 1 of 2 was the first to fail" in second.stderr
 
 
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+
+
 def command(folder: Path, *words: str) -> list[str]:
     """``varl train`` on a tiny run."""
     options = {
@@ -187,6 +190,15 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 1
     assert "process 0 of 2 was the first to fail, or to lose another" in first.stderr
+
+
+def test_torchrun_starts_killed_processes_again(folder: Path, tmp_path: Path) -> None:
+    reward = ["--reward.name", "unkind:killing_once", "--reward.marker", str(tmp_path / "marker")]
+    words = command(folder, "--run.out", str(tmp_path / "run"), "--run.updates", "2", *reward)
+    (ended,) = processes.launch(1, *LAUNCH, *words, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "marker").exists()
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 def test_portions_cover_the_sequences_and_stay_within_their_number() -> None:

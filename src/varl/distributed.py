@@ -108,6 +108,8 @@ class Distributed:
             first = min(timeout, timedelta(seconds=LAUNCHER_S)) if launched else timeout
             store = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=first)))[0]
             store.set_timeout(timeout)
+            # torchrun --max-restarts starts processes again with the store of those that failed.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self._store = dist.PrefixStore("varl", store)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
