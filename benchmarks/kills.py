@@ -46,7 +46,6 @@ method: {{prompts: 2, group: 4, continuations: 2, middle: "grid:3", prefix_updat
 optimizer: {{learning_rate: 1.0e-3, warmup_updates: 3}}
 evaluation: {{count: 4, every: 4}}
 run: {{out: {out}, updates: {updates}, save_every: 2, keep: 2, device: cpu, threads: 1, gallery_every: 0}}
-parallel: {{mode: {mode}}}
 """
 OWN_TO_A_START = {"metrics.jsonl", "starts.jsonl", "config.yaml", "lock", "manifest.json"}
 
@@ -61,7 +60,7 @@ def noisy_brightness(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 def recipe(folder: Path, updates: int, mode: str = "ddp") -> Path:
     """Write the recipe of a run in ``folder / "run"``."""
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(out=folder / "run", updates=updates, mode=mode))
+    path.write_text(RECIPE.format(out=folder / "run", updates=updates) + f"parallel: {{mode: {mode}}}\n")
     return path
 
 
