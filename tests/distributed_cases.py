@@ -43,6 +43,11 @@ class Case:
     group: int = 1
 
     @property
+    def diagnosed(self) -> bool:
+        """The norms by step are those of one micro-batch a process: of the same rows as in one process if of all."""
+        return self.micro_batch == ROWS
+
+    @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(cast(Any, self.mode), cast(Any, self.param_dtype), self.offload)
 
@@ -74,6 +79,7 @@ HALVED = [
     Case("fsdp2, bf16 gathered", "fsdp2", precision="bfloat16", param_dtype="bfloat16"),
     Case("fsdp2, bf16 gathered, adapters", "fsdp2", precision="bfloat16", param_dtype="bfloat16", lora=2),
 ]
+DIAGNOSED = [Case("ddp, all at once", micro_batch=ROWS)]
 
 
 def of_family(name: str) -> tuple[Any, list[Prompt]]:
@@ -141,7 +147,7 @@ def learn(name: str, case: Case, distributed: Distributed | None) -> tuple[dict[
     shared = math.gcd(len(mine), case.group)
     batch = Batch(own, steps, advantage[rows], valid[rows], mask[rows], shared=shared, total=ROWS)
     with autocast(config, torch.device("cpu"), keep_casts=not learner.distributed.sharded):
-        log = learner.learn(batch, lambda _: nullcontext())
+        log = learner.learn(batch, lambda _: nullcontext(), diagnose=case.diagnosed)
     return log, gradients
 
 
@@ -159,7 +165,7 @@ def gradients(folder: Path) -> dict[str, dict[str, float]]:
     """
     found = {}
     names = ["inkling", *(family.name for family in families.FAMILIES)]
-    for number, case in enumerate(CASES + HALVED):
+    for number, case in enumerate(CASES + HALVED + DIAGNOSED):
         for name in names if case.name == "fsdp2, shared prefix" else [names[number % len(names)]]:
             distributed = Distributed.here(case.parallel, torch.device("cpu"))
             log, gradient = learn(name, case, distributed)
@@ -167,4 +173,7 @@ def gradients(folder: Path) -> dict[str, dict[str, float]]:
                 expected, whole = learn(name, case, None)
                 loss, norm = (abs(log[key] / expected[key] - 1) for key in ("loss", "gradient_norm"))
                 found[f"{name}: {case.name}"] = {"loss": loss, "gradient": difference(gradient, whole), "norm": norm}
+                if case.diagnosed:
+                    both = zip(log["gradient_norm_by_step"], expected["gradient_norm_by_step"], strict=True)
+                    found[f"{name}: {case.name}"]["norm by step"] = max(abs(one / same - 1) for one, same in both)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import varl.loading
 from collectives import Collectives
-from varl import rollout, updates
+from varl import rollout, sizing, updates
 from varl.config import (
     AdapterConfig,
     EvaluationConfig,
@@ -118,7 +119,30 @@ def in_fp64(folder: Path, size: int) -> dict[str, Any]:
 def two(folder: Path) -> dict[str, Any]:
     """What two processes do."""
     _train_adapters(folder)
-    return {"runs": in_fp64(folder, 2), "counted": _counted(folder)}
+    return {"runs": in_fp64(folder, 2), "measured": _measured(folder), "counted": _counted(folder)}
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """A run under fsdp2 that chooses its micro-batches, and the gradient's norms by step in its log.
+
+    Of its 6 sequences the first process would learn from all at once, the second from 4.
+    """
+    costs = ({1: 1.0, 2: 1.2, 4: 2.0, 6: 2.4}, {1: 1.0, 2: 1.4, 4: 2.2, 6: 6.0})[int(os.environ["RANK"])]
+    seconds, filled = sizing._seconds, sizing._filled
+
+    def told(learner: Any, *arguments: Any) -> float:
+        seconds(learner, *arguments)
+        return costs[learner.micro_batch]
+
+    sizing._seconds, sizing._filled = told, lambda: 0.0
+    try:
+        with in_double():
+            run = train(config(folder, "measured", "fsdp2", micro_batch="auto", diagnose_every=1))
+    finally:
+        sizing._seconds, sizing._filled = seconds, filled
+    norms = [record.pop("gradient_norm_by_step") for record in run.get("metrics", [])]
+    sizes = json.loads((folder / "measured" / "micro_batches.json").read_text())
+    return {"run": run, "norms": norms, "sizes": sizes}
 
 
 def three(folder: Path) -> dict[str, Any]:

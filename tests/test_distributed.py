@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 from dataclasses import replace
@@ -97,6 +98,15 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+def test_micro_batches_are_chosen_together_under_fsdp2(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["measured"]["sizes"] == {"prefix": 4, "suffix": 4}
+    assert_same_run(two[0]["measured"]["run"], alone["alternate, ddp"])
+    norms = two[0]["measured"]["norms"]
+    assert [len(of_update) for of_update in norms] == [4, 4, 1]
+    assert all(0 < norm < math.inf for of_update in norms for norm in of_update)
+
+
 def test_a_rollout_gathers_each_unit_once(two: list[dict[str, Any]]) -> None:
     for found in [one["counted"] for one in two]:
         assert found["units"] == 1 + tiny_runs.TINY.depth
@@ -141,6 +151,9 @@ def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:
     assert "process 1 of 2 was the first to fail" in second.stderr
 
 
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+
+
 def command(folder: Path, *words: str) -> list[str]:
     """``varl train`` on a tiny run."""
     options = {
@@ -177,6 +190,15 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 1
     assert "process 0 of 2 was the first to fail, or to lose another" in first.stderr
+
+
+def test_torchrun_starts_killed_processes_again(folder: Path, tmp_path: Path) -> None:
+    reward = ["--reward.name", "unkind:killing_once", "--reward.marker", str(tmp_path / "marker")]
+    words = command(folder, "--run.out", str(tmp_path / "run"), "--run.updates", "2", *reward)
+    (ended,) = processes.launch(1, *LAUNCH, *words, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "marker").exists()
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 def test_portions_cover_the_sequences_and_stay_within_their_number() -> None:

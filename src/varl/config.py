@@ -289,8 +289,5 @@ class TrainConfig:
             self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
             "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
         )
-        for name, asked in (
-            ("policy.compile", self.policy.compile),
-            ("run.micro_batch auto", self.run.micro_batch == "auto"),
-        ):
-            need(not asked or self.parallel.mode == "ddp", f"{name} does not go with parallel.mode fsdp2")
+        together = not (self.policy.compile and self.parallel.mode == "fsdp2")
+        need(together, "policy.compile does not go with parallel.mode fsdp2")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,7 +39,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varl.config import ParallelConfig
-from varl.errors import Interrupted
+from varl.ending import end_with_launcher, guarded
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.rewards.base import RewardOutput
@@ -57,10 +56,8 @@ ENTRIES = ("hidden", "logits", "prefill")
 FIRST = "_first_of_all_units"
 ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 """What ``torchrun`` sets, and what holds without it."""
-FAILED = "failed"
-"""Under this key of the processes' common store stands the first to fail."""
-POLL_S, GRACE_S = 1.0, 5.0
-"""How often a process looks whether another has failed, and how long it then may take to end by itself."""
+LAUNCHER_S = 15.0
+"""How long ``torchrun``, which keeps the common store, may take to answer: it is there before its processes."""
 
 
 class Distributed:
@@ -90,7 +87,6 @@ class Distributed:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         self._store: dist.Store | None = None
-        self._done = threading.Event()
         self._kept: list[FSDPModule] = []
         if self.size > 1 or self.sharded:
             self._join()
@@ -107,7 +103,13 @@ class Distributed:
         if self.size == 1:
             store: dist.Store = dist.HashStore()
         else:
-            store = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=timeout)))[0]
+            end_with_launcher()
+            launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            first = min(timeout, timedelta(seconds=LAUNCHER_S)) if launched else timeout
+            store = next(iter(dist.rendezvous("env://", self.rank, self.size, timeout=first)))[0]
+            store.set_timeout(timeout)
+            # torchrun --max-restarts starts processes again with the store of those that failed.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             self._store = dist.PrefixStore("varl", store)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
@@ -234,7 +236,7 @@ class Distributed:
             # Every process divides by the rows of all: gradients add up.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-        # Until ``add_up`` lets go of them, two units stay whole: the root, which each chunk of the head would gather
+        # Until ``let_go``, two units stay whole: the root, which each chunk of the head would gather
         # again in the backward pass, and the last block, which a shared prefix enters by its keys and values alone,
         # where nothing would tell the unit to gather its weights.
         root = cast(FSDPModule, module)
@@ -270,10 +272,14 @@ class Distributed:
                 unit.set_reshard_after_forward(unit not in policies, recurse=False)
                 unit.reshard()
 
-    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum the gradients over the processes; sharded ones were summed in the backward pass."""
+    def let_go(self) -> None:
+        """Shard the units again that stay whole between backward passes."""
         for unit in self._kept:
             unit.reshard()
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients over the processes; sharded ones were summed in the backward pass."""
+        self.let_go()
         if self.size == 1 or self.sharded:
             return
         bucket: list[Tensor] = []
@@ -338,46 +344,9 @@ class Distributed:
         finally:
             hook.remove()
 
-    # Failure.
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
+    def guarded(self) -> AbstractContextManager[None]:
         """Around a run: when a process fails, all end. The first one to fail says why, the others are silent."""
-        if self._store is not None:
-            threading.Thread(target=self._watch, args=(self._store,), daemon=True).start()
-        try:
-            yield
-            if self.size > 1:
-                dist.barrier()
-        except BaseException as error:
-            if self._was_not_first():
-                raise SystemExit(128 + error.signal if isinstance(error, Interrupted) else 1) from None
-            if self.size > 1:
-                error.add_note(f"process {self.rank} of {self.size} was the first to fail, or to lose another")
-            raise
-        finally:
-            self._done.set()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def _was_not_first(self) -> bool:
-        """Whether another process failed before this one does."""
-        if self._store is None:
-            return False
-        try:
-            return self._store.compare_set(FAILED, "", str(self.rank)) != str(self.rank).encode()
-        except RuntimeError:  # the process that kept the store is gone, so it was first
-            return True
-
-    def _watch(self, store: dist.Store) -> None:
-        """End this process where another has failed and this one waits for it."""
-        while not self._done.wait(POLL_S):
-            try:
-                failed = store.check([FAILED])
-            except RuntimeError:  # whoever kept the store is gone
-                failed = True
-            if failed and not self._done.wait(GRACE_S):
-                os._exit(1)
+        return guarded(self._store, self.rank, self.size)
 
 
 def _units(policy: Policy) -> list[FSDPModule]:

@@ -108,14 +108,15 @@ class Learner:
             figures: list[dict[str, Any]] = []
             for index, part in enumerate(rows):
                 whose = batch if index < len(own) else idle
+                if diagnose and epoch == index == 0:
+                    with stage("backward"):
+                        divisor = self._share_of_first(own) * batch.divisor
+                        log["gradient_norm_by_step"] = self._norms_by_step(whose, part, divisor)
                 with stage("logp"):
                     inputs, scores = self._inputs(whose, part, old.get(index))
                 old.setdefault(index, inputs.logp_BL.detach())
                 with stage("backward"):
                     output = self._loss(inputs, batch.divisor)
-                    if diagnose and epoch == 0 and index == 0:
-                        share = len(part) / sum(map(len, rows))
-                        log["gradient_norm_by_step"] = self._norms_by_step(inputs, share * len(batch.sequences))
                     output.loss.backward()
                 if whose is batch:
                     figures.append(_figures(inputs, output, scores, batch))
@@ -237,18 +238,29 @@ class Learner:
         m = self.method
         return policy_loss(inputs, clip=m.clip, beta=m.beta, kl=m.kl, mask_kl=m.mask.kl, ratio=m.ratio, divisor=divisor)
 
-    def _norms_by_step(self, inputs: LossInput, divisor: float) -> list[float]:
-        """The norm of the parameters' gradient that each trained step's terms give, from one micro-batch."""
+    def _norms_by_step(self, batch: Batch, rows: Tensor, divisor: float) -> list[float]:
+        """The norm of the parameters' gradient that each trained step's terms give, from one micro-batch a process.
+
+        Every step has a forward pass of its own, as no graph outlives the sharded weights that it was made with.
+        """
         norms = []
-        step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
-        for step in dict.fromkeys(step_of_token.tolist()):
+        for step in batch.steps:
+            self.optimizer.zero_grad(set_to_none=True)
+            inputs, _ = self._inputs(batch, rows, None)
+            step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
             own = (step_of_token == step).to(inputs.weight_BL.dtype)
             kl_weight = None if inputs.kl_weight_BL is None else inputs.kl_weight_BL * own
             part = replace(inputs, weight_BL=inputs.weight_BL * own, kl_weight_BL=kl_weight)
-            loss = self._loss(part, divisor).loss
-            gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
-            norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None)))
+            self._loss(part, divisor).loss.backward()
+            self.distributed.add_up(self.parameters)
+            norms.append(self.distributed.clip(self.parameters, math.inf))
+        self.optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def _share_of_first(self, own: list[Tensor]) -> float:
+        """The first micro-batches' share of all processes' rows that carry a term."""
+        counts = self.distributed.gather_values([sum(map(len, own[:1])), sum(map(len, own))])
+        return sum(first for first, _ in counts) / sum(rows for _, rows in counts)
 
     def _step(self, parts: list[dict[str, Any]], rate: float) -> tuple[float, bool]:
         norm = self.distributed.clip(self.parameters, self.config.clip_norm)

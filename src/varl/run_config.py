@@ -108,7 +108,7 @@ class RunConfig:
         failure_window: of how many last updates the failures are counted.
         max_failed_share: stop if in these more than this share of the pictures or optimizer steps failed; 1 is never.
         gallery_every: updates between pictures of samples and masks; 0 is never.
-        diagnose_every: updates between measurements of the gradient's norm per step (not under fsdp2); 0 is never.
+        diagnose_every: updates between measurements of the gradient's norm per step; 0 is never.
     """
 
     out: Path = Path("runs/train")

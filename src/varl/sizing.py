@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -26,27 +27,30 @@ def fastest_micro_batch(learner: Learner, sequences: Rollout, steps: range, shar
     """The number of sequences in a pass that costs the least time a sequence, and fits in memory.
 
     Sizes double from 1 until memory would run out, or larger ones only get slower. Gradients are thrown away, and no
-    step is taken.
+    step is taken. Several processes try the same sizes together and find the same one: the slowest counts.
 
     Args:
         shared: adjacent sequences that share their tokens before ``steps``.
 
     Raises:
-        RuntimeError: if not even one sequence fits.
+        RuntimeError: if not even one sequence fits; or, where weights are sharded, if memory ran out: then the others
+            wait for this process in the middle of a pass.
     """
     kept, seconds = learner.micro_batch, dict[int, float]()
     try:
         for size in _sizes(len(sequences)):
             learner.micro_batch = size
-            try:
-                seconds[size] = min(_seconds(learner, sequences, steps, shared) for _ in range(2)) / size
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            own = _fastest_of_two(learner, sequences, steps, shared)
+            slowest = max(learner.distributed.gather_values(own))
+            if slowest == math.inf:
                 break
-            if _filled() * 2 > ROOM or seconds[size] > 1.2 * min(seconds.values()):
+            seconds[size] = slowest / size
+            filled = max(learner.distributed.gather_values(_filled()))
+            if filled * 2 > ROOM or seconds[size] > 1.2 * min(seconds.values()):
                 break
     finally:
         learner.micro_batch = kept
+        learner.distributed.let_go()
         learner.optimizer.zero_grad(set_to_none=True)
     if not seconds:
         raise RuntimeError("run.micro_batch auto: not even one sequence fits into memory; try policy.checkpointing")
@@ -59,6 +63,17 @@ def _sizes(rows: int) -> Iterator[int]:
         yield size
         size *= 2
     yield rows
+
+
+def _fastest_of_two(learner: Learner, sequences: Rollout, steps: range, shared: int) -> float:
+    """Seconds of a pass, or infinity if it does not fit into memory."""
+    try:
+        return min(_seconds(learner, sequences, steps, shared) for _ in range(2))
+    except torch.OutOfMemoryError:
+        if learner.distributed.sharded:
+            raise
+        torch.cuda.empty_cache()
+        return math.inf
 
 
 def _seconds(learner: Learner, sequences: Rollout, steps: range, shared: int) -> float:

@@ -20,6 +20,7 @@ from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
 from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
+from varl.ending import OUTLIVED_S
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.loading import autocast, choose_device, frozen_copy, prepare
@@ -132,7 +133,8 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
-        self.folder = RunFolder(config, self.distributed.main)
+        patience = OUTLIVED_S if self.distributed.size > 1 else 0.0
+        self.folder = RunFolder(config, self.distributed.main, patience)
         try:
             self._resume()
         except BaseException:
@@ -182,9 +184,8 @@ class Trainer:
             total=total,
         )
         record = self._record(plan, output, value_PG, advantages)
-        diagnose = self._due(self.config.run.diagnose_every) and not self.distributed.sharded
         with self.precision():
-            record |= self.learner.learn(batch, self.stage, diagnose)
+            record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
         if self.ema is not None:
             self.ema.update()
         self.update += 1
@@ -237,8 +238,7 @@ class Trainer:
         known = self.distributed.gather_values(self.folder.micro_batches())[0]
         if plan.kind not in known:
             with self.stage("measuring"), self.precision():
-                fastest = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
-            known[plan.kind] = min(self.distributed.gather_values(fastest))
+                known[plan.kind] = fastest_micro_batch(self.learner, sequences, plan.steps, self._shared(plan))
             logger.info("%s updates take %d sequences at a time", plan.kind, known[plan.kind])
             if self.distributed.main:
                 self.folder.note_micro_batches(known)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -204,6 +207,14 @@ def test_a_failed_write_is_raised_at_the_next_call_and_leaves_no_trace(
     assert names(tmp_path) == ["update-000010", "update-000030"]
 
 
+def test_an_older_torch_is_named_before_anything_else() -> None:
+    older = "import torch.distributed.checkpoint.staging as staging; del staging.DefaultStager; import varl.cli"
+    ended = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: checkpoints need torch 2.9 or newer, this is {torch.__version__}")
+
+
 # --- Several processes: a checkpoint of 2 is read by 1 and by 3. ---
 
 WHOLE = {"even": torch.arange(24.0).view(6, 4), "odd": torch.arange(5.0), "one": torch.tensor([[3.0]])}
@@ -254,3 +265,28 @@ def test_a_checkpoint_of_two_processes_is_read_by_one_and_by_three(tmp_path: Pat
     assert set(found.names()) == {*WHOLE, "plain", "rng.0", "rng.1"}
     found.load(loaded := {name: torch.zeros_like(value) for name, value in WHOLE.items()})
     assert all(torch.equal(loaded[name], value) for name, value in WHOLE.items())
+
+
+def shared_in_other_orders(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    checkpoints, shared = Checkpoints(Path(folder), 2), {name: torch.zeros(size) for name, size in SIZES.items()}
+    for update, order in enumerate((sorted(shared), sorted(shared, reverse=True))):
+        checkpoints.save(update, {name: shared[name] for name in order}, {}, None)
+        checkpoints.wait()
+    dist.destroy_process_group()
+
+
+SIZES = {"a": 9, "b": 2, "c": 5, "d": 1, "e": 7}
+
+
+def test_which_process_writes_what_both_hold_does_not_follow_their_order(tmp_path: Path) -> None:
+    given = (str(tmp_path / "store"), str(tmp_path / "checkpoints"))
+    torch.multiprocessing.start_processes(shared_in_other_orders, given, nprocs=2, start_method="fork")
+    found = [
+        {path.name: sorted(load_file(path)) for path in sorted(folder.glob("*.safetensors"))}
+        for folder in Checkpoints(tmp_path / "checkpoints", 2).paths()
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+    assert sorted(name for names in found[0].values() for name in names) == sorted(SIZES)

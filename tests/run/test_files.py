@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,19 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     FolderLock(tmp_path).release()
+
+
+def test_a_patient_one_waits_for_the_holder(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    threading.Timer(0.5, lock.release).start()
+    began = time.monotonic()
+    FolderLock(tmp_path, patience=60.0).release()
+    assert 0.3 < time.monotonic() - began < 50.0
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    lock, began = FolderLock(tmp_path), time.monotonic()
+    with pytest.raises(ValueError, match="another process trains in"):
+        FolderLock(tmp_path, patience=0.5)
+    assert time.monotonic() - began >= 0.5
+    lock.release()

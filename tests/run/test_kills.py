@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.group import VICTIMS
 from benchmarks.kills import outcome, sweep
 
 import tiny_runs
@@ -133,4 +134,10 @@ def test_killed_before_an_update_that_reuses_pictures(weights: Path, tmp_path: P
 def test_processes_really_killed(tmp_path: Path) -> None:
     found = sweep(tmp_path, kills=3, updates=6)
     assert found["kills"] == 3
+    assert found["different"] == 0
+
+
+def test_one_of_two_processes_really_killed(tmp_path: Path) -> None:
+    found = sweep(tmp_path, kills=1, updates=6, processes=2)
+    assert found["kills"] == sum(found.get(victim, 0) for victim in VICTIMS) == 1
     assert found["different"] == 0

@@ -26,12 +26,18 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 import varl
 from varl.errors import RunError
 from varl.run import faults
 from varl.run.files import beside, sync, writing
+
+try:
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+except ImportError as error:
+    raise ImportError(
+        f"checkpoints need torch 2.9 or newer, this is {torch.__version__}: pip install -U torch"
+    ) from error
 
 __all__ = ["Checkpoint", "Checkpoints", "Damaged", "read_manifest"]
 
@@ -172,7 +178,8 @@ class Checkpoints:
         if update == self._newest:
             return
         faults.point("checkpoint begins")
-        staged = cast(dict[str, Tensor], self._stager.stage(dict(tensors)))
+        # By name: which process writes what they share follows the order, and a run that was gone on with has another.
+        staged = cast(dict[str, Tensor], self._stager.stage(dict(sorted(tensors.items()))))
         faults.point("checkpoint staged")
         self._pending = self._thread.submit(self._write, update, staged, dict(values), best)
         self._newest = update

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,29 +74,41 @@ def replacing(path: Path) -> Iterator[Path]:
 class FolderLock:
     """Holds a folder for one process; the kernel lets go of it when the process dies, however it dies.
 
+    Args:
+        patience: seconds to wait for another process that holds it.
+
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if another process holds it still.
         RunError: if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 0.0) -> None:
         path = folder / "lock"
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not self._held(patience):
                 self._file.seek(0)
                 holder = self._file.read().strip() or "unknown"
                 self._file.close()
                 raise ValueError(
                     f"another process trains in {folder} ({holder}); wait for it, stop it, or choose another --run.out"
-                ) from None
+                )
             # Never removed: who waits on a removed file would hold a lock that nobody else sees.
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
+
+    def _held(self, patience: float) -> bool:
+        last = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() >= last:
+                    return False
+                time.sleep(0.1)
 
     def release(self) -> None:
         self._file.close()

@@ -63,6 +63,7 @@ class RunFolder:
 
     Args:
         main: whether this process writes it; others only read its checkpoints.
+        patience: seconds to wait for a process that holds it, before that is an error.
 
     Raises:
         ValueError: if another process holds it, or it holds a run of another configuration; nothing is overwritten.
@@ -71,9 +72,9 @@ class RunFolder:
 
     metrics: MetricsWriter
 
-    def __init__(self, config: TrainConfig, main: bool = True) -> None:
+    def __init__(self, config: TrainConfig, main: bool = True, patience: float = 0.0) -> None:
         self.path = config.run.out
-        self._lock = FolderLock(self.path) if main else None
+        self._lock = FolderLock(self.path, patience) if main else None
         try:
             if main:
                 self._claim(plain(asdict(config)))
