@@ -16,6 +16,7 @@ from benchmarks.measure import Row, Settings, timed
 from benchmarks.shapes import Bench, Kind, paper, var_shaped
 from varl.config import MethodConfig
 from varl.learner import Batch
+from varl.memory import keep_freed, mallopt
 from varl.policy import Condition, Policy
 from varl.rollout import Rollout, rollout, row_generators
 from varl.sampling import Sampling, filter_logits
@@ -102,6 +103,16 @@ def _a_number_a_class(logits: Tensor, generators: list[torch.Generator]) -> Tens
     return (logits.softmax(-1) / times).argmax(-1)
 
 
+@contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Malloc as it is by default, once it has seen large blocks."""
+    mallopt(M_MMAP_MAX=65536, M_MMAP_THRESHOLD=2**25, M_TRIM_THRESHOLD=2**26)
+    try:
+        yield
+    finally:
+        keep_freed()
+
+
 @dataclass(frozen=True)
 class Saving:
     """What is saved, for which kinds of update, and how a bench does without it."""
@@ -124,6 +135,7 @@ SAVINGS = (
         lambda bench: patch("varl.rollout.filter_logits", all_classes_sorted),
     ),
     Saving("one random number a token", BOTH, lambda bench: patch("varl.rollout.draw", _a_number_a_class)),
+    Saving("freed memory is kept", BOTH, lambda bench: _freed_at_once()),
 )
 
 
@@ -131,10 +143,12 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     """Both kinds of update, at VAR's width; and what a fork costs beside the continuations it starts."""
     depth, group = (2, 8) if settings.full else (1, 2)
     method = MethodConfig(middle="grid:8", prompts=1, group=group, continuations=2)
-    bench = Bench(var_shaped(256, 1024, depth, method=method, sampling=paper()), settings, folder, decoder=False)
+    bench = Bench(var_shaped(256, 1024, depth, method=method, sampling=paper()), settings, folder)
     found = []
     for kind in BOTH:
-        found += _kind_rows(bench, kind, settings, f"VAR-d16 width, depth {depth}, 256 px: {kind} update")
+        found += _kind_rows(
+            bench, kind, settings, f"VAR-d16 width, depth {depth}, 256 px, small tokenizer: {kind} update"
+        )
     return [*found, _fork_row(bench, settings)]
 
 

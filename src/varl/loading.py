@@ -11,6 +11,7 @@ from torch import nn
 
 from varl.adapters import add_adapters, load_adapters, with_adapters
 from varl.config import PolicyConfig
+from varl.memory import keep_freed
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
@@ -55,6 +56,8 @@ def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     Raises:
         ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
     """
+    if device.type == "cpu":
+        keep_freed()
     config = with_adapters(config)
     policy = load_policy(config.family, config.config, config.weights)
     if getattr(policy, "tokenizer", None) is None:
