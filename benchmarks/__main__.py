@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks import figures, fraction, ocr, options, peaks, savings, scaling, speed, updates
 from benchmarks.measure import Row, Settings, machine, section_table
+from varl.memory import keep_freed
 
 
 class Section(NamedTuple):
@@ -43,7 +44,7 @@ SECTIONS = {
 }
 
 
-SHORT = ("updates", "savings", "fraction", "memory", "ocr")
+SHORT = ("updates", "savings", "fraction", "memory", "scaling", "ocr")
 """What is measured if nothing is asked for: a few minutes on two cores."""
 
 
@@ -75,6 +76,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     settings, names, out = parse(words)
     logging.getLogger("varl").setLevel(logging.ERROR)
     torch.set_num_threads(settings.threads)
+    if settings.device == "cpu":
+        keep_freed()  # as in every run
     console = Console(width=150)
     about = machine(settings)
     console.print(about, settings)

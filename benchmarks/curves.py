@@ -110,6 +110,7 @@ def print_report(
     """Print the tables at equal pictures and at equal seconds, and save the figure."""
     pictures = min(int(c.pictures[-1]) for runs in curves.values() for c in runs)
     x_pictures = {name: [c.pictures for c in runs] for name, runs in curves.items()}
+    drawn = {"pictures scored in training": x_pictures}
     console.print(_table(curves, x_pictures, labels, pictures, "pictures"))
     _print_gains(curves, x_pictures, labels, pictures, console)
     if curves.keys() <= each.keys():
@@ -117,10 +118,11 @@ def print_report(
         budget = min(float(x[-1]) for runs in x_seconds.values() for x in runs)
         console.print(_table(curves, x_seconds, labels, budget, "seconds"))
         _print_gains(curves, x_seconds, labels, budget, console)
-        _plot(curves, {"pictures scored in training": x_pictures, "seconds of training": x_seconds}, labels, figure)
-        console.print(f"figure: {figure}")
+        drawn["seconds of training"] = x_seconds
     else:
         console.print("no measured seconds; run: python -m benchmarks.results time")
+    _plot(curves, drawn, labels, figure)
+    console.print(f"figure: {figure}")
 
 
 def _table(
@@ -180,9 +182,11 @@ def _plot(
     """Held-out word accuracy, mean and 95% interval over seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(axes_x), 4), layout="constrained")
     colors = ("tab:gray", "tab:orange", "tab:blue", "tab:green", "tab:red")
-    for axes, (unit, x) in zip(figure.subplots(1, 2, sharey=True), axes_x.items(), strict=True):
+    for axes, (unit, x) in zip(
+        figure.subplots(1, len(axes_x), sharey=True, squeeze=False)[0], axes_x.items(), strict=True
+    ):
         for color, (name, runs) in zip(colors, curves.items(), strict=False):
             grid = np.linspace(0, min(at[-1] for at in x[name]), 60)
             y = np.stack([np.interp(grid, at, c.accuracy) for at, c in zip(x[name], runs, strict=True)])

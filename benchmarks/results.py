@@ -87,10 +87,10 @@ METHODS = {
     "full": Method("full method, the recipe", {}, ONE),
 }
 SAVINGS = {
-    "unguided": Method("the recipe: rollouts without guidance", TESTED_GUIDED, ONE),
-    "early": Method("  and prefixes valued on 6x6 pictures", {**TESTED_GUIDED, "method.value_at": "grid:6"}, ONE),
+    "unguided": Method("rollouts without guidance", TESTED_GUIDED, ONE),
+    "early": Method("without guidance, valued on 6x6 pictures", {**TESTED_GUIDED, "method.value_at": "grid:6"}, ONE),
     "guided": Method("guided rollouts", GUIDED, ONE),
-    "rescored": Method("  and log-probabilities under guidance", {**GUIDED, "method.logp": "sampling"}, ONE),
+    "rescored": Method("guided, log-probabilities under guidance", {**GUIDED, "method.logp": "sampling"}, ONE),
 }
 """What the savings of docs/performance.md do to learning, all evaluated with guidance."""
 ALL = METHODS | SAVINGS

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +19,6 @@ from benchmarks.measure import Row, Settings, timed
 from benchmarks.shapes import Bench, Kind, paper, var_shaped
 from varl.config import MethodConfig
 from varl.learner import Batch
-from varl.memory import keep_freed, mallopt
 from varl.policy import Condition, Policy
 from varl.rollout import Rollout, rollout, row_generators
 from varl.sampling import Sampling, filter_logits
@@ -103,16 +105,6 @@ def _a_number_a_class(logits: Tensor, generators: list[torch.Generator]) -> Tens
     return (logits.softmax(-1) / times).argmax(-1)
 
 
-@contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Malloc as it is by default, once it has seen large blocks."""
-    mallopt(M_MMAP_MAX=65536, M_MMAP_THRESHOLD=2**25, M_TRIM_THRESHOLD=2**26)
-    try:
-        yield
-    finally:
-        keep_freed()
-
-
 @dataclass(frozen=True)
 class Saving:
     """What is saved, for which kinds of update, and how a bench does without it."""
@@ -135,7 +127,6 @@ SAVINGS = (
         lambda bench: patch("varl.rollout.filter_logits", all_classes_sorted),
     ),
     Saving("one random number a token", BOTH, lambda bench: patch("varl.rollout.draw", _a_number_a_class)),
-    Saving("freed memory is kept", BOTH, lambda bench: _freed_at_once()),
 )
 
 
@@ -143,13 +134,12 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     """Both kinds of update, at VAR's width; and what a fork costs beside the continuations it starts."""
     depth, group = (2, 8) if settings.full else (1, 2)
     method = MethodConfig(middle="grid:8", prompts=1, group=group, continuations=2)
-    bench = Bench(var_shaped(256, 1024, depth, method=method, sampling=paper()), settings, folder)
+    bench = Bench(var_shaped(256, 1024, depth, method=method, sampling=paper()), settings, folder, decoder=False)
     found = []
     for kind in BOTH:
-        found += _kind_rows(
-            bench, kind, settings, f"VAR-d16 width, depth {depth}, 256 px, small tokenizer: {kind} update"
-        )
-    return [*found, _fork_row(bench, settings)]
+        found += _kind_rows(bench, kind, settings, f"VAR-d16 width, depth {depth}, 256 px: {kind} update")
+    found.append(_fork_row(bench, settings))
+    return [*found, _freed_row(settings)] if settings.device == "cpu" else found
 
 
 def _kind_rows(bench: Bench, kind: Kind, settings: Settings, group: str) -> list[Row]:
@@ -183,3 +173,38 @@ def _fork_row(bench: Bench, settings: Settings) -> Row:
         )
     text = "the copy / drawing all continuations, copy included"
     return Row.share("forking the caches", f"{condition.batch} prefixes, {tails} each", "s", forks, drawing, text)
+
+
+DECODING = """
+import sys, time, torch
+from benchmarks.shapes import var_shaped
+from varl import Sampling, load_policy
+from varl.config import MethodConfig
+from varl.memory import keep_freed
+
+threads, seed, kept = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+torch.manual_seed(seed)
+if kept:
+    keep_freed()
+policy = load_policy("var", var_shaped(256, 64, 1, method=MethodConfig(), sampling=Sampling()).policy.config, "random")
+actions = torch.randint(policy.classes, (4, policy.default_schedule.tokens))
+for turn in range(6):
+    start = time.perf_counter()
+    policy.decode(actions)
+    if turn:
+        print(time.perf_counter() - start)
+"""
+
+
+def _freed_row(settings: Settings) -> Row:
+    """Decoding with memory kept and given back, in processes of their own: malloc does not forget what it was told."""
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(settings.rounds):
+        for kept, seconds in found.items():
+            words = [sys.executable, "-c", DECODING, *map(str, (settings.threads, settings.seed, kept))]
+            printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+            seconds.append(statistics.median(map(float, printed.split())))
+    return Row.speedup(
+        "decoding 4 pictures of 256 px, small tokenizer", "freed memory is kept", found[1], found[0], "without / with"
+    )

@@ -123,6 +123,7 @@ def _draw(drawn: list[tuple[Sweep, list[float], np.ndarray]], path: Path) -> Non
             title="prefix update" if sweep.stage == "whole" else "update stage of it",
         )
         axis.set_xticks(sweep.values, [str(value) for value in sweep.values])
+        axis.set_yticks(middle, [f"{seconds:.2g}" for seconds in middle])
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
     axes[0].legend(frameon=False)

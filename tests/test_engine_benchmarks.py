@@ -259,16 +259,13 @@ def test_options_change_the_recipe_they_are_measured_on():
     ids=lambda x: getattr(x, "name", x),
 )
 def test_without_a_saving_an_update_is_the_same_and_does_more(bench: Bench, saving: Saving, kind: Kind):
-    """More tokens, or more of what is beside them: entropies, sorting, random numbers, pages."""
+    """More tokens, or more of what is beside them: entropies, sorting, random numbers."""
     blocks, head = bench.trainer.policy.transformer.blocks[0], bench.trainer.policy.transformer.head
     with counting(blocks) as tokens, counting(head) as scored:
         plain = bench.step(kind)
     with counting(blocks) as more, counting(head) as more_scored, saving.without(bench):
         other = bench.step(kind)
-    beside = (
-        "entropies of 32 tokens a step", "top-p looks at what top-k left", "one random number a token",
-        "freed memory is kept",
-    )  # fmt: skip
+    beside = ("entropies of 32 tokens a step", "top-p looks at what top-k left", "one random number a token")
     assert (sum(more) > sum(tokens)) == (saving.name not in beside)
     assert sum(more_scored) >= sum(scored)
     same = torch.equal(plain.batch.sequences.actions, other.batch.sequences.actions)

@@ -154,6 +154,18 @@ def test_entropy_of_the_watched_tokens_only() -> None:
         torch.testing.assert_close(found, whole * some * (1 if keep is None else keep))
 
 
+def test_decay_leaves_alone_what_a_prefix_does_not_read() -> None:
+    """Positions of finer grids, and letters that no prompt has; as in the other families (tests/test_families.py)."""
+    policy, method = make_inkling(), MethodConfig(middle=3, group=4, beta=0)
+    before = {name: value.clone() for name, value in policy.transformer.state_dict().items()}
+    learner(policy, method, weight_decay=0.5).learn(drawn(policy, "prefix", method), stage)
+    after = policy.transformer.state_dict()
+    assert torch.equal(after["position"][14:], before["position"][14:])
+    assert not torch.equal(after["position"][:14], before["position"][:14])
+    still = (after["cell.weight"] == before["cell.weight"]).all(1)
+    assert 0 < still.sum() < len(still)
+
+
 # --- Options of the trainer ---
 
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["keep_freed", "mallopt"]
+__all__ = ["keep_freed"]
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-"""Parameters of ``mallopt``."""
-
-
-def mallopt(**values: int) -> bool:
-    """Set parameters of glibc's malloc, such as ``M_MMAP_MAX=0``; False if the C library has none, or refuses."""
-    function = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    return function is not None and all(bool(function(globals()[name], value)) for name, value in values.items())
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's ``mallopt``."""
 
 
 def keep_freed() -> bool:
@@ -23,4 +17,5 @@ def keep_freed() -> bool:
     By default glibc maps every block above 32 MB anew, and the kernel clears each of its pages: decoding spends about
     half of its time on that. What a process has once taken, it now keeps.
     """
-    return mallopt(M_MMAP_MAX=0, M_TRIM_THRESHOLD=2**31 - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

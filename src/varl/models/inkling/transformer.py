@@ -45,6 +45,8 @@ class Transformer(nn.Module):
         width, depth, heads: of the transformer.
     """
 
+    undecayed = ("cell.weight", "first", "position")
+
     def __init__(
         self,
         schedule: ScaleSchedule,
