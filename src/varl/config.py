@@ -163,7 +163,8 @@ class MethodConfig:
         beta: weight of the KL to the initial policy; 0 holds no reference.
         kl: estimator of that KL.
         ratio: probability ratio of a token, or the geometric mean over a step.
-        logp: log-probabilities under the ``policy``'s own distribution, or under the ``sampling`` one.
+        logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
+            which costs a second pass where rollouts are guided, and is then the safer one (docs/performance.md).
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
