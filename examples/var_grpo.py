@@ -171,12 +171,8 @@ def train(
     # Tables of which an update reads a few rows only: decay would move the others, which have no gradient.
     tables = [p for n, p in policy.trainable.named_parameters() if n in getattr(policy.trainable, "undecayed", ())]
     others = [p for p in parameters if all(p is not table for table in tables)]
-    optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": tables, "weight_decay": 0.0}],
-        s.learning_rate,
-        betas=s.betas,
-        weight_decay=s.weight_decay,
-    )
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": tables, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
     stream = PromptStream(prompts)
     m, total = schedule.middle(s.middle), len(schedule)
 
