@@ -290,5 +290,3 @@ class TrainConfig:
             self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
             "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
         )
-        together = not (self.policy.compile and self.parallel.mode == "fsdp2")
-        need(together, "policy.compile does not go with parallel.mode fsdp2")
