@@ -172,7 +172,7 @@ def tried_in(case: Case, number: int) -> list[str]:
 
 
 def gradients(folder: Path) -> dict[str, dict[str, float]]:
-    """By family and case, in the first process: the relative differences of loss, gradient and its norm to one process."""
+    """By family and case, in the first process: relative differences of loss, gradient and norm to one process."""
     found = {}
     # Graphs as torch makes them, without the minutes of its compiler.
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
