@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -26,7 +27,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     """
     found = []
     for case in cases(settings)[1 if settings.full else 2 :]:
-        run = replace(case.config.run, rollout_batch=case.config.run.micro_batch)
+        batch = cast(int, case.config.run.micro_batch)  # never "auto" here
+        run = replace(case.config.run, rollout_batch=batch)
         bench = Bench(replace(case.config, run=run), settings, folder, case.decoder)
         for optimizer in (bench.trainer.learner.optimizer, bench.naive_optimizer):
             _make_moments(optimizer)

@@ -41,7 +41,7 @@ def _compile(policy: Policy) -> None:
     for block in blocks_of(policy.trainable):
         for part in block.modules():
             if isinstance(part, Eager):
-                part.forward = torch.compiler.disable(part.forward)  # type: ignore[method-assign]
+                part.forward = torch.compiler.disable(part.forward)
         block.compile(dynamic=True)
 
 
