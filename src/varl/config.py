@@ -164,7 +164,8 @@ class MethodConfig:
         kl: estimator of that KL.
         ratio: probability ratio of a token, or the geometric mean over a step.
         logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
-            which costs a second pass where rollouts are guided, and is then the safer one (docs/performance.md).
+            which costs a second pass where rollouts are guided, and is then the safer one at high learning rates
+            (docs/performance.md).
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
