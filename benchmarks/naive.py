@@ -46,7 +46,7 @@ class Clock:
 
 @torch.no_grad()
 def draw_from_scratch(
-    policy: Policy, condition: Condition, plan: Plan, sampling: Sampling, seed: tuple[int, ...]
+    policy: Policy, condition: Condition, plan: Plan, sampling: Sampling, seed: tuple[int, ...], at_once: int = 0
 ) -> Tensor:
     """The finished sequences of an update, int64 [rows, tokens], each drawn from its first grid on.
 
@@ -54,17 +54,21 @@ def draw_from_scratch(
 
     Args:
         condition: one row a sequence, ``plan.tails`` adjacent rows for each of the plan's heads.
+        at_once: sequences drawn together; 0 is all.
     """
     rows = condition.batch
     heads = [row_generators((*seed, 0), rows // plan.tails) for _ in range(plan.tails)]
     first = [heads[row % plan.tails][row // plan.tails] for row in range(rows)]
     second = row_generators((*seed, 1), rows)
-    state, drawn = policy.start(condition, sampling.guidance), []
-    for step in range(len(condition.schedule)):
-        logits = filter_logits(policy.next_logits(state), sampling)
-        drawn.append(draw(logits, first if step < plan.branch_at else second))
-        policy.advance(state, drawn[-1])
-    return torch.cat(drawn, 1)
+    sequences = []
+    for part in torch.arange(rows).split(at_once or rows):
+        state, drawn = policy.start(condition.select(part), sampling.guidance), []
+        for step in range(len(condition.schedule)):
+            logits = filter_logits(policy.next_logits(state), sampling)
+            drawn.append(draw(logits, [(first if step < plan.branch_at else second)[row] for row in part]))
+            policy.advance(state, drawn[-1])
+        sequences.append(torch.cat(drawn, 1))
+    return torch.cat(sequences)
 
 
 def loss(

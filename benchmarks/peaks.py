@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -19,10 +21,15 @@ TITLE = "peak memory of an update, beside weights and optimizer (ours / baseline
 
 
 def rows(settings: Settings, folder: Path) -> list[Row]:
-    """The updates of the section ``updates`` at 1024 pixels, on a full run also at 256; counted, so once is enough."""
+    """The updates of the section ``updates`` at 1024 pixels, on a full run also at 256; counted, so once is enough.
+
+    Pictures are drawn as many at a time as are trained.
+    """
     found = []
     for case in cases(settings)[1 if settings.full else 2 :]:
-        bench = Bench(case.config, settings, folder, case.decoder)
+        batch = cast(int, case.config.run.micro_batch)  # never "auto" here
+        run = replace(case.config.run, rollout_batch=batch)
+        bench = Bench(replace(case.config, run=run), settings, folder, case.decoder)
         for optimizer in (bench.trainer.learner.optimizer, bench.naive_optimizer):
             _make_moments(optimizer)
         kinds: tuple[Kind, ...] = ("prefix", "suffix")

@@ -4,6 +4,9 @@
     python -m benchmarks.results time
     python -m benchmarks.results report
     python -m benchmarks.results run --methods unguided early guided rescored --data benchmarks/data/savings
+    python -m benchmarks.results run --methods fp32 bf16 --data benchmarks/data/precision
+    python -m benchmarks.results run --methods drawn reused --data benchmarks/data/reuse
+    python -m benchmarks.results run --methods guided-slow unguided-slow --data benchmarks/data/slow
 
 Runs of one seed share prompts, their order, and the base model. Each is a plain ``varl train`` with overrides, so an
 interrupted queue goes on where it was. Curves are held-out evaluations against the pictures scored in training.
@@ -65,6 +68,16 @@ CYCLE = ONE * (3 * 2 + 1)
 """Pictures of three prefix updates with two continuations, and a suffix update."""
 TESTED_GUIDED: dict[str, object] = {"sampling.guidance": 0.0, "evaluation.sampling.guidance": 1.0}
 GUIDED: dict[str, object] = {**TESTED_GUIDED, "sampling.guidance": 1.0}
+EVERY_SECOND: dict[str, object] = {
+    **TESTED_GUIDED,
+    "method.middle": "grid:3",
+    "method.group": 4,
+    "method.continuations": 4,
+    "method.prefix_updates": 1,
+}
+"""Suffix updates as often as prefix updates, with the 6x6 grid, which decides the most, in the suffix."""
+SLOW: dict[str, object] = {"optimizer.learning_rate": 5e-5}
+"""A quarter of the recipe's learning rate."""
 PLAIN = {"method.mask.enabled": False, "method.alpha": 0.0}
 METHODS = {
     "vanilla": Method("vanilla GRPO", {"method.update": "full", **PLAIN}, ONE),
@@ -91,6 +104,12 @@ SAVINGS = {
     "early": Method("without guidance, valued on 6x6 pictures", {**TESTED_GUIDED, "method.value_at": "grid:6"}, ONE),
     "guided": Method("guided rollouts", GUIDED, ONE),
     "rescored": Method("guided, log-probabilities under guidance", {**GUIDED, "method.logp": "sampling"}, ONE),
+    "fp32": Method("fp32 rollouts", TESTED_GUIDED, ONE),
+    "bf16": Method("bf16 rollouts", {**TESTED_GUIDED, "policy.rollout_precision": "bfloat16"}, ONE),
+    "drawn": Method("suffix updates draw their own", EVERY_SECOND, PROMPTS * 4 * (4 + 1), 2),
+    "reused": Method("suffix updates reuse", {**EVERY_SECOND, "method.suffix_state": "reused"}, PROMPTS * 4 * 4, 2),
+    "guided-slow": Method("guided rollouts, a quarter of the rate", {**GUIDED, **SLOW}, ONE),
+    "unguided-slow": Method("without guidance, a quarter of the rate", {**TESTED_GUIDED, **SLOW}, ONE),
 }
 """What the savings of docs/performance.md do to learning, all evaluated with guidance."""
 ALL = METHODS | SAVINGS

@@ -205,7 +205,7 @@ class Bench:
         condition = policy.condition(prompts, trainer.schedule).repeat(plan.pictures)
         with clock.stage("rollout"), trainer.precision(drawing=True):
             seed = (config.run.seed, 0 if kind == "prefix" else 1)
-            drawn = draw_from_scratch(policy, condition, plan, config.sampling, seed)
+            drawn = draw_from_scratch(policy, condition, plan, config.sampling, seed, config.run.rollout_batch)
         with clock.stage("decode"), trainer.precision(drawing=True):
             parts = [policy.decode(part, trainer.schedule) for part in drawn.split(self.trainer.learner.micro_batch)]
             images = torch.cat([part.float().cpu() for part in parts])

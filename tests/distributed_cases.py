@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ class Case:
     param_dtype: str = "float32"
     checkpointing: bool = False
     offload: bool = False
+    compiled: bool = False
     group: int = 1
 
     @property
@@ -72,6 +74,8 @@ CASES = [
     Case("ddp, adapters", lora=2),
     Case("fsdp2, adapters", "fsdp2", lora=2),
     Case("fsdp2, adapters, exact KL", "fsdp2", lora=2, method=EXACT),
+    Case("ddp, compiled", compiled=True),
+    Case("fsdp2, compiled, shared prefix, checkpointing", "fsdp2", compiled=True, group=4, checkpointing=True),
 ]
 HALVED = [
     Case("ddp, bf16", precision="bfloat16"),
@@ -101,6 +105,7 @@ def learn(name: str, case: Case, distributed: Distributed | None) -> tuple[dict[
         make().family,
         precision=cast(Any, case.precision),
         checkpointing=case.checkpointing,
+        compile=case.compiled,
         lora=AdapterConfig(rank=case.lora),
     )
     torch.manual_seed(7)
@@ -158,15 +163,21 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return (change / sum(float(g.square().sum()) for g in expected.values())) ** 0.5
 
 
-def gradients(folder: Path) -> dict[str, dict[str, float]]:
-    """By family and case, in the first process: the relative differences of loss, gradient and its norm to one process.
-
-    One case is of every family, each of the others of one after another.
-    """
-    found = {}
+def tried_in(case: Case, number: int) -> list[str]:
+    """One case is tried in every family, each of the others in one after another, and compiled in the smallest."""
     names = ["inkling", *(family.name for family in families.FAMILIES)]
+    if case.compiled:
+        return names[:1]
+    return names if case.name == "fsdp2, shared prefix" else [names[number % len(names)]]
+
+
+def gradients(folder: Path) -> dict[str, dict[str, float]]:
+    """By family and case, in the first process: relative differences of loss, gradient and norm to one process."""
+    found = {}
+    # Graphs as torch makes them, without the minutes of its compiler.
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
     for number, case in enumerate(CASES + HALVED + DIAGNOSED):
-        for name in names if case.name == "fsdp2, shared prefix" else [names[number % len(names)]]:
+        for name in tried_in(case, number):
             distributed = Distributed.here(case.parallel, torch.device("cpu"))
             log, gradient = learn(name, case, distributed)
             if distributed.main:

@@ -25,6 +25,7 @@ import tiny_runs
 from small import counting
 from varl import Prompt, Sampling, ScaleSchedule, load_policy, rollout
 from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
+from varl.policy import Condition
 from varl.sampling import filter_logits
 
 VAR = {
@@ -164,6 +165,24 @@ def test_the_naive_way_takes_the_same_step(bench: Bench, kind: Kind):
     assert len(ours) == len(theirs)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * scale) for a, b in zip(ours, theirs, strict=True))
     check(step, plain)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "suffix"])
+def test_the_naive_way_draws_the_same_in_parts(bench: Bench, kind: Kind, monkeypatch: pytest.MonkeyPatch):
+    batch, config = bench.step(kind).batch, bench.trainer.config
+    whole = bench.naive(kind, batch)
+    monkeypatch.setattr(bench.trainer, "config", replace(config, run=replace(config.run, rollout_batch=3)))
+    rows, start = [], bench.trainer.policy.start
+
+    def started(condition: Condition, guidance: float) -> object:
+        rows.append(condition.batch)
+        return start(condition, guidance)
+
+    monkeypatch.setattr(bench.trainer.policy, "start", started)
+    parts = bench.naive(kind, batch)
+    assert max(rows) == 3
+    assert sum(rows) == len(whole.finished)
+    assert torch.equal(parts.finished, whole.finished)
 
 
 def test_every_stage_has_a_row_and_the_whole_a_goal(bench: Bench, tmp_path: Path):

@@ -164,7 +164,8 @@ class MethodConfig:
         kl: estimator of that KL.
         ratio: probability ratio of a token, or the geometric mean over a step.
         logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
-            which costs a second pass where rollouts are guided, and is then the safer one (docs/performance.md).
+            which costs a second pass where rollouts are guided, and is then the safer one at high learning rates
+            (docs/performance.md).
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
@@ -290,5 +291,3 @@ class TrainConfig:
             self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
             "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
         )
-        together = not (self.policy.compile and self.parallel.mode == "fsdp2")
-        need(together, "policy.compile does not go with parallel.mode fsdp2")

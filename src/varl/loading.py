@@ -13,10 +13,13 @@ from varl.adapters import add_adapters, load_adapters, with_adapters
 from varl.config import PolicyConfig
 from varl.memory import keep_freed
 from varl.models import load_policy
-from varl.models.blocks import blocks_of
+from varl.models.blocks import Eager, blocks_of
 from varl.policy import Policy
 
 __all__ = ["autocast", "choose_device", "frozen_copy", "prepare"]
+
+GRAPHS = 32
+"""Graphs of one function that may be made before it is no longer compiled."""
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -32,8 +35,13 @@ def frozen_copy(policy: Policy) -> Policy:
 
 
 def _compile(policy: Policy) -> None:
-    """Compile the blocks, each once for grids of any size."""
+    """Compile the blocks, for grids of any size, but for the parts of them that stay out of the graph."""
+    # Of drawing, training and the reference, each in its precision, with one row or more: more than torch's 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for block in blocks_of(policy.trainable):
+        for part in block.modules():
+            if isinstance(part, Eager):
+                part.forward = torch.compiler.disable(part.forward)
         block.compile(dynamic=True)
 
 

@@ -1,5 +1,6 @@
 import torch
 
+from varl.models.blocks import Grids
 from varl.models.layers import RMSNorm, SelfAttention, plain_norm, rotate
 
 
@@ -33,11 +34,11 @@ def test_attention_by_cosine_ignores_how_long_queries_and_keys_are() -> None:
         cosine, plain = SelfAttention(8, 2, True, 1.0), SelfAttention(8, 2, False, 4.0)
         x = torch.randn(3, 5, 8)
     for attention, same in [(cosine, True), (plain, False)]:
-        found = attention(x, [1, 4], None, 0, 0)
-        torch.testing.assert_close(attention(x[:, :1], [1], None, 0, 0), found[:, :1])
+        found = attention(x, Grids([1, 4], 0, None), 0)
+        torch.testing.assert_close(attention(x[:, :1], Grids([1], 0, None), 0), found[:, :1])
         attention.mat_qkv.weight.data[:16] *= 3
-        assert torch.allclose(attention(x, [1, 4], None, 0, 0), found, atol=1e-6) == same
+        assert torch.allclose(attention(x, Grids([1, 4], 0, None), 0), found, atol=1e-6) == same
     warmer = SelfAttention(8, 2, False, 36.0)
     warmer.load_state_dict(plain.state_dict())
     plain.mat_qkv.weight.data[:16] /= 3
-    torch.testing.assert_close(warmer(x, [1, 4], None, 0, 0), plain(x, [1, 4], None, 0, 0))
+    torch.testing.assert_close(warmer(x, Grids([1, 4], 0, None), 0), plain(x, Grids([1, 4], 0, None), 0))

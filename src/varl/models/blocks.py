@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Cache", "KeyValueCache", "PrefixKeys", "attend_by_scale", "attend_within_scale", "blocks_of", "run_block"]
+__all__ = [
+    "Cache",
+    "Eager",
+    "Grids",
+    "KeyValueCache",
+    "PrefixKeys",
+    "ScaleAttention",
+    "WithinScale",
+    "attend_by_scale",
+    "attend_within_scale",
+    "blocks_of",
+    "run_block",
+]
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
@@ -24,6 +37,13 @@ def run_block(checkpointing: bool, block: nn.Module, *arguments: Any) -> Any:
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False)
     return block(*arguments)
+
+
+class Eager(nn.Module):
+    """A part of a block, without parameters, that stays out of its graph where blocks are compiled.
+
+    What depends on layer, position, number of grids and kind of cache: a graph would be made anew for each.
+    """
 
 
 class KeyValueCache:
@@ -113,6 +133,47 @@ class PrefixKeys:
 
 Cache = KeyValueCache | PrefixKeys
 """What attention writes its keys and values to, and reads those of coarser grids from."""
+
+
+@dataclass(eq=False)
+class Grids:
+    """The grids that one pass of a transformer computes.
+
+    Attributes:
+        counts: tokens of each.
+        start: position of the first token.
+        cache: of the keys and values, read, and written at the positions of the grids.
+    """
+
+    counts: Sequence[int]
+    start: int
+    cache: Cache | None
+
+
+class ScaleAttention(Eager):
+    """Attention in which a token sees its own grid and all coarser ones, those in a cache too.
+
+    Args:
+        scale: of the scores; by default one over the root of the head's width.
+    """
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, grids: Grids, layer: int) -> Tensor:
+        """[B, L, H * D]."""
+        if grids.cache is not None:
+            k_BHLD, v_BHLD = grids.cache.write(layer, grids.start, k_BHLD, v_BHLD)
+        return attend_by_scale(q_BHLD, k_BHLD, v_BHLD, grids.counts, self.scale).transpose(1, 2).flatten(2)
+
+
+class WithinScale(Eager):
+    """Attention in which a token sees its own grid only, as ``attend_within_scale``; it needs no cache."""
+
+    def forward(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, grids: Grids, layer: int) -> Tensor:
+        """[B, L, H * D]."""
+        return attend_within_scale(q_BHLD, k_BHLD, v_BHLD, grids.counts).transpose(1, 2).flatten(2)
 
 
 def attend_by_scale(

@@ -6,14 +6,13 @@ Shapes: B rows, L tokens, C width, H heads, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, attend_by_scale
+from varl.models.blocks import Grids, ScaleAttention
 
 __all__ = [
     "FeedForward",
@@ -111,7 +110,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, cosine: bool, tau: float) -> None:
         super().__init__()
         self.heads, self.cosine = heads, cosine
-        self.scale = 1.0 if cosine else 1 / math.sqrt(width // heads) / tau
+        self.attend = ScaleAttention(1.0 if cosine else 1 / math.sqrt(width // heads) / tau)
         if cosine:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
@@ -120,16 +119,8 @@ class SelfAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        counts: Sequence[int],
-        cache: Cache | None,
-        layer: int,
-        start: int,
-        rotary_2LP: Tensor | None = None,
-    ) -> Tensor:
-        """[B, L, C]; ``counts`` are the tokens of each grid, ``start`` is the position of the first token."""
+    def forward(self, x_BLC: Tensor, grids: Grids, layer: int, rotary_2LP: Tensor | None = None) -> Tensor:
+        """[B, L, C]."""
         qkv = self.mat_qkv(x_BLC) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = q.float(), k.float()
@@ -139,9 +130,7 @@ class SelfAttention(nn.Module):
         if rotary_2LP is not None:
             q, k = rotate(q, rotary_2LP), rotate(k, rotary_2LP)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is not None:
-            k, v = cache.write(layer, start, k, v)
-        return self.proj(attend_by_scale(q, k, v, counts, self.scale).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v, grids, layer))
 
 
 @torch.no_grad()

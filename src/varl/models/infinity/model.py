@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, run_block
+from varl.models.blocks import Cache, Grids, KeyValueCache, run_block
 from varl.models.infinity.attention import CrossAttention, TextPool
 from varl.models.infinity.config import TransformerConfig
 from varl.models.infinity.rope import rotary_table
@@ -81,17 +81,15 @@ class Block(nn.Module):
         memory: Tensor,
         mask: Tensor,
         rotary: Tensor,
-        counts: list[int],
-        cache: Cache | None,
+        grids: Grids,
         layer: int,
-        start: int,
     ) -> Tensor:
         """x [B, L, C]; condition [B, 1, 6, C] of the shared AdaLN, or the pooled text [B, C]."""
         shared = hasattr(self, "ada_gss")
         table = self.ada_gss.float() + condition.float() if shared else self.ada_lin(condition).float()
         gain1, gain2, scale1, scale2, shift1, shift2 = table.unbind(2)
         seen = modulated(x, scale1, shift1, self.eps)
-        x = x + self._dropped(gain1 * self.sa(seen, counts, cache, layer, start, rotary)).to(x.dtype)
+        x = x + self._dropped(gain1 * self.sa(seen, grids, layer, rotary)).to(x.dtype)
         read = self.ca(self.ca_norm(x).to(x.dtype), memory, mask)
         x = x + (read if self.ca_gamma is None else read * self.ca_gamma)
         seen = modulated(x, scale2, shift2, self.eps)
@@ -257,16 +255,16 @@ class Transformer(nn.Module):
         parts = [(pooled[:, None] + self.pos_start)] if steps.start == 0 else []
         parts += [self.word_embed(torch.cat(inputs, 1).to(self.word_embed.weight.dtype))] if inputs else []
         x = torch.cat(parts, 1)
-        counts, start = [schedule.counts[s] for s in steps], schedule.offsets[steps.start]
-        repeats = torch.tensor(counts, device=x.device)
+        grids = Grids([schedule.counts[s] for s in steps], schedule.offsets[steps.start], cache)
+        repeats = torch.tensor(grids.counts, device=x.device)
         levels = self.lvl_embed(torch.arange(steps.start, steps.stop, device=x.device))
         levels = levels.repeat_interleave(repeats, 0, output_size=x.shape[1])
         condition = self.shared_ada_lin(pooled) if self.config.shared_aln else pooled
-        rest = (passes["memory"], passes["mask"], self.rotary(schedule, steps), counts, cache)
+        rest = (passes["memory"], passes["mask"], self.rotary(schedule, steps), grids)
         chunk = self.config.depth // self.config.block_chunks if self.config.block_chunks > 1 else 1
         for layer, block in enumerate(self.layers):
             if layer == 0 or (layer % chunk == 0 and not self.config.add_lvl_embeding_only_first_block):
                 x = x + levels
-            x = run_block(self.checkpointing, block, x, condition, *rest, layer, start)
+            x = run_block(self.checkpointing, block, x, condition, *rest, layer)
             x = x if after is None else after(layer, x)
         return self.head_nm(x, pooled)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, Grids, KeyValueCache, ScaleAttention, run_block
 from varl.schedule import ScaleSchedule
 
 __all__ = ["Transformer"]
@@ -20,14 +20,12 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attend = ScaleAttention()
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x_BLC: Tensor, counts: list[int], cache: Cache | None, layer: int, start: int) -> Tensor:
+    def forward(self, x_BLC: Tensor, grids: Grids, layer: int) -> Tensor:
         q, k, v = self.qkv(self.norm1(x_BLC)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.write(layer, start, k, v)
-        attended = attend_by_scale(q, k, v, counts).transpose(1, 2).flatten(2)
-        x_BLC = x_BLC + self.out(attended)
+        x_BLC = x_BLC + self.out(self.attend(q, k, v, grids, layer))
         return x_BLC + self.down(F.gelu(self.up(self.norm2(x_BLC)), approximate="tanh"))
 
 
@@ -107,7 +105,7 @@ class Transformer(nn.Module):
         if inputs:
             maps = torch.cat([m.flatten(2) for m in inputs], 2).transpose(1, 2)
             x = torch.cat([x[:, : x.shape[1] - maps.shape[1]], x[:, -maps.shape[1] :] + self.enter(maps)], 1)
-        counts, start = [self.schedule.counts[s] for s in steps], self.schedule.offsets[steps.start]
+        grids = Grids([self.schedule.counts[s] for s in steps], self.schedule.offsets[steps.start], cache)
         for layer, block in enumerate(self.blocks):
-            x = run_block(self.checkpointing, block, x, counts, cache, layer, start)
+            x = run_block(self.checkpointing, block, x, grids, layer)
         return self.norm(x)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, attend_within_scale, run_block
+from varl.models.blocks import Cache, Grids, KeyValueCache, ScaleAttention, WithinScale, run_block
 from varl.models.coded import mask_tables
 from varl.models.layers import FeedForward, GatedFeedForward, Modulation, RMSNorm, spread
 from varl.schedule import ScaleSchedule
@@ -112,31 +112,18 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width, self.heads = config.embed_dim, config.num_heads
-        self.eps, self.causal = config.norm_eps, config.use_ar
+        self.eps = config.norm_eps
+        self.attend = ScaleAttention() if config.use_ar else WithinScale()
         self.to_qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        counts: Sequence[int],
-        table: Tensor | None,
-        cache: Cache | None,
-        layer: int,
-        start: int,
-    ) -> Tensor:
+    def forward(self, x_BLC: Tensor, table: Tensor | None, grids: Grids, layer: int) -> Tensor:
         q, k, v = self.to_qkv(x_BLC).chunk(3, -1)
         # The norms of queries and keys reach over all heads.
         q, k = _full_norm(q, self.eps), _full_norm(k, self.eps)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        if not self.causal:
-            attended = attend_within_scale(q, k, v, counts)
-        else:
-            if cache is not None:
-                k, v = cache.write(layer, start, k, v)
-            attended = attend_by_scale(q, k, v, counts)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v, grids, layer))
 
 
 class CrossAttention(nn.Module):
@@ -191,17 +178,15 @@ class Block(nn.Module):
         text: Tensor,
         bias_BT: Tensor,
         read: bool,
-        counts: Sequence[int],
         table: Tensor | None,
-        cache: Cache | None,
+        grids: Grids,
         layer: int,
-        start: int,
     ) -> Tensor:
         """``text`` is [B, T, E] and to be read, or the keys and values [B, 2, T, C] that reading gave before."""
         c = c_BC if crop_BC is None else c_BC + self.crop_cond_scales * crop_BC
         gate1, gate2, scale1, scale2, shift1, shift2 = self.ada_lin(c).unbind(2)
         x = self.self_attention_norm1(x_BLC) * (1 + scale1) + shift1
-        x_BLC = x_BLC + gate1 * self.self_attention_norm2(self.attn(x, counts, table, cache, layer, start))
+        x_BLC = x_BLC + gate1 * self.self_attention_norm2(self.attn(x, table, grids, layer))
         keys_values = self.read(text) if read else text
         x = self.cross_attn(self.cross_attention_norm1(x_BLC), keys_values, bias_BT)
         x_BLC = x_BLC + self.cross_attention_norm2(x)
@@ -325,11 +310,12 @@ class Transformer(nn.Module):
         crop = self.crop_proj(self.crop_embed(condition["crop"])) if self.config.use_crop_cond else None
         x, bias, read = self.embed(c, inputs, steps), condition["attn_bias"].to(dtype), "text" not in condition
         text = condition["prompt_embeds"].to(dtype) if read else condition["text"]
-        counts, span = [self.schedule.counts[s] for s in steps], self.schedule.span(steps)
+        span = self.schedule.span(steps)
+        grids = Grids([self.schedule.counts[s] for s in steps], span.start, cache)
         table = self.rotations(span, x.device)
         for layer, block in enumerate(self.blocks):
             of_block = text if read else text[:, layer]
-            arguments = (x, c, crop, of_block, bias, read, counts, table, cache, layer, span.start)
+            arguments = (x, c, crop, of_block, bias, read, table, grids, layer)
             x = run_block(self.checkpointing, block, *arguments)
         return self.head_nm(x, c)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, attend_by_scale, run_block
+from varl.models.blocks import Cache, Eager, KeyValueCache, attend_by_scale, run_block
 from varl.models.layers import GatedFeedForward, RMSNorm, spread
 from varl.models.tokenflow.config import TransformerConfig
 from varl.schedule import ScaleSchedule
@@ -62,14 +62,37 @@ def _rotate(x: Tensor, layout: Layout) -> Tensor:
     return x * layout.cos + torch.cat([-high, low], -1) * layout.sin
 
 
+class PromptAttention(Eager):
+    """Causal over the prompt, by scale over the grids; [PAD] is seen by none but itself.
+
+    Args:
+        groups: adjacent heads of queries that share one of keys.
+        rounding: round as upstream does, where the model is not fp32.
+    """
+
+    def __init__(self, groups: int, rounding: bool) -> None:
+        super().__init__()
+        self.groups, self.rounding = groups, rounding
+
+    def forward(
+        self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: Layout, cache: Cache | None, layer: int
+    ) -> Tensor:
+        """[B, L, H * D]."""
+        k, v = (k_BHLD, v_BHLD) if cache is None else cache.write(layer, layout.start, k_BHLD, v_BHLD)
+        if self.groups > 1:
+            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        # Under autocast the rotary tables keep fp32, and nothing is rounded as in a model that was cast itself.
+        attend = _attend_rounding if self.rounding and torch.finfo(q_BHLD.dtype).bits < 32 else _attend
+        return attend(q_BHLD, k, v, layout).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
-    """Causal over the prompt, by scale over the grids; [PAD] is seen by none but itself."""
+    """Attention with normed and rotated queries and keys."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         c, self.width = config, config.head_width
-        self.groups = c.num_attention_heads // c.key_heads
-        self.rounding = c.upstream_rounding
+        self.attend = PromptAttention(c.num_attention_heads // c.key_heads, c.upstream_rounding)
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.width, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.key_heads * self.width, bias=False)
@@ -83,13 +106,7 @@ class Attention(nn.Module):
         )
         q, k = self.qknorm(q, k, v.dtype)
         q, k = _rotate(q, layout), _rotate(k, layout)
-        if cache is not None:
-            k, v = cache.write(layer, layout.start, k, v)
-        if self.groups > 1:
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        # Under autocast the rotary tables keep fp32, and nothing is rounded as in a model that was cast itself.
-        attend = _attend_rounding if self.rounding and torch.finfo(q.dtype).bits < 32 else _attend
-        return self.o_proj(attend(q, k, v, layout).transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v, layout, cache, layer))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varl.models.blocks import Cache, KeyValueCache, run_block
+from varl.models.blocks import Cache, Grids, KeyValueCache, run_block
 from varl.models.coded import mask_tables
 from varl.models.layers import FeedForward, Modulation, SelfAttention, modulated, spread
 from varl.schedule import ScaleSchedule
@@ -76,20 +76,12 @@ class Block(nn.Module):
         else:
             self.ada_lin = Modulation(width, 6)
 
-    def forward(
-        self,
-        x_BLC: Tensor,
-        c: Tensor,
-        counts: Sequence[int],
-        cache: Cache | None,
-        layer: int,
-        start: int,
-    ) -> Tensor:
+    def forward(self, x_BLC: Tensor, c: Tensor, grids: Grids, layer: int) -> Tensor:
         """``c`` is the condition [B, C]; with a shared modulation, what that makes of it, [B, 1, 6, C]."""
         chunks = self.ada_gss + c if hasattr(self, "ada_gss") else self.ada_lin(c)
         gate1, gate2, scale1, scale2, shift1, shift2 = chunks.unbind(2)
         x = modulated(x_BLC, scale1, shift1, self.eps)
-        x_BLC = x_BLC + gate1 * self.attn(x, counts, cache, layer, start)
+        x_BLC = x_BLC + gate1 * self.attn(x, grids, layer)
         return x_BLC + gate2 * self.ffn(modulated(x_BLC, scale2, shift2, self.eps))
 
 
@@ -177,9 +169,9 @@ class Transformer(nn.Module):
         c = self.class_emb(condition["label"])
         x = self.embed(c, inputs, steps)
         modulation = self.shared_ada_lin(c) if self.config.shared_aln else c
-        counts, start = [self.schedule.counts[s] for s in steps], self.schedule.offsets[steps.start]
+        grids = Grids([self.schedule.counts[s] for s in steps], self.schedule.offsets[steps.start], cache)
         for layer, block in enumerate(self.blocks):
-            x = run_block(self.checkpointing, block, x, modulation, counts, cache, layer, start)
+            x = run_block(self.checkpointing, block, x, modulation, grids, layer)
         return self.head_nm(x, c)
 
 
