@@ -7,18 +7,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from benchmarks.communication import policy_on_meta, sent, size_of
 from benchmarks.curves import Curve, interval, level_at, load, mean_over, reaching, read_curve
 from benchmarks.noise import signal_share
-from benchmarks.results import METHODS
+from benchmarks.results import ALL, METHODS, RECIPE
 from benchmarks.scale import count_flips
 
+from varl import load_policy
 from varl.config import MethodConfig, ParallelConfig, PolicyConfig, RunConfig, TrainConfig
+from varl.updates import kind_of_update, plan
 
 
 def test_budgets_are_equal_in_pictures():
     for method in METHODS.values():
         assert method.updates_for(4 * 7 * 32) * method.pictures / method.updates == 4 * 7 * 32
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_pictures_of_a_method_are_those_that_its_updates_score(name: str):
+    recipe = yaml.safe_load((Path(__file__).parents[1] / RECIPE).read_text())["method"]
+    changes = {
+        key.removeprefix("method."): value
+        for key, value in ALL[name].overrides.items()
+        if key.startswith("method.") and key != "method.mask.enabled"
+    }
+    method = MethodConfig(**{**recipe, **changes})
+    schedule = load_policy("inkling").default_schedule
+    # A cycle of prefix and suffix updates, or as many of one kind as the recipe's cycle has.
+    cycle = method.prefix_updates + method.suffix_updates
+    plans = [plan(kind_of_update(method, update), method, schedule) for update in range(cycle)]
+    scored = sum(method.prompts * one.pictures for one in plans if not one.reuses)
+    assert scored / cycle == ALL[name].pictures / ALL[name].updates
 
 
 def test_interval_is_students_t():
