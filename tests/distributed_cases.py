@@ -74,8 +74,6 @@ CASES = [
     Case("ddp, adapters", lora=2),
     Case("fsdp2, adapters", "fsdp2", lora=2),
     Case("fsdp2, adapters, exact KL", "fsdp2", lora=2, method=EXACT),
-    Case("ddp, compiled", compiled=True),
-    Case("fsdp2, compiled, shared prefix, checkpointing", "fsdp2", compiled=True, group=4, checkpointing=True),
 ]
 HALVED = [
     Case("ddp, bf16", precision="bfloat16"),
@@ -84,6 +82,10 @@ HALVED = [
     Case("fsdp2, bf16 gathered, adapters", "fsdp2", precision="bfloat16", param_dtype="bfloat16", lora=2),
 ]
 DIAGNOSED = [Case("ddp, all at once", micro_batch=ROWS)]
+COMPILED = [
+    Case("ddp, compiled", compiled=True),
+    Case("fsdp2, compiled, shared prefix, checkpointing", "fsdp2", compiled=True, group=4, checkpointing=True),
+]
 
 
 def of_family(name: str) -> tuple[Any, list[Prompt]]:
@@ -176,7 +178,7 @@ def gradients(folder: Path) -> dict[str, dict[str, float]]:
     found = {}
     # Graphs as torch makes them, without the minutes of its compiler.
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
-    for number, case in enumerate(CASES + HALVED + DIAGNOSED):
+    for number, case in enumerate(CASES + HALVED + DIAGNOSED + COMPILED):
         for name in tried_in(case, number):
             distributed = Distributed.here(case.parallel, torch.device("cpu"))
             log, gradient = learn(name, case, distributed)

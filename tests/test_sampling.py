@@ -1,8 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
+import varl.sampling
 from varl.sampling import Sampling, draw, filter_logits
 
 
@@ -196,3 +198,33 @@ def test_draws_of_any_dtype(dtype: torch.dtype) -> None:
 def test_impossible_settings(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.7}])
+def test_some_positions_at_a_time_are_as_all_at_once(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several rows and events, with ties and without."""
+    logits = 3 * torch.randn(3, 7, 2, 11, generator=torch.Generator().manual_seed(0))
+    logits[:, ::2] = logits[:, ::2].round()
+    found = []
+    for at_once in (varl.sampling.LOGITS, 40):
+        monkeypatch.setattr(varl.sampling, "LOGITS", at_once)
+        kept = filter_logits(logits, Sampling(**options, temperature=0.9))
+        found.append((kept, draw(kept, [torch.Generator().manual_seed(row) for row in range(3)])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].shape == (3, 7, 2)
+
+
+def test_only_positions_with_ties_are_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    logits[2, :5] = 4.0
+    expected = torch.stack([filter_logits(row, Sampling(top_k=3, top_p=0.6)) for row in logits])
+    whole, sizes = varl.sampling._top_p, []
+
+    def counted(some: torch.Tensor, top_p: float) -> torch.Tensor:
+        sizes.append(len(some))
+        return whole(some, top_p)
+
+    monkeypatch.setattr(varl.sampling, "_top_p", counted)
+    assert torch.equal(filter_logits(logits, Sampling(top_k=3, top_p=0.6)), expected)
+    assert sizes == [1]

@@ -32,8 +32,8 @@ from varl.config import TrainConfig
 from varl.models import load_policy
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
+from varl.sampling import LOGITS
 from varl.schedule import ScaleSchedule
-from varl.scoring import LOGITS
 
 __all__ = ["SAVED", "Estimate", "Item", "Saved", "Shape", "block_bytes", "estimate", "saved_bytes"]
 
@@ -275,10 +275,11 @@ def _rollout(config: TrainConfig, shape: Shape, schedule: ScaleSchedule, plan: u
     if plan.branch_at < len(schedule):
         held += together * (2 if plan.kind == "prefix" and method.continuations_by == "reference" else 1)
     rows, last = pictures * (1 + guided), max(schedule.counts)
-    # All rows' logits, of both halves; and of a few rows at a time what draws make of them: the filtered ones, the
+    # All rows' logits, of both halves; those of a few rows filtered; and of some positions what draws make of them: the
     # softmax, its sum. Top-p: sorted ones, int64 order.
     row = last * shape.classes
-    logits = (1 + guided) * pictures * row + (6 if sampling.top_p < 1 else 3) * min(pictures * row, max(LOGITS, row))
+    some = min(pictures * row, max(LOGITS, row))
+    logits = (1 + guided) * pictures * row + some + (5 if sampling.top_p < 1 else 2) * min(some, LOGITS)
     # SDPA reads a layer's keys and values in bf16, however they are kept.
     read = rows * shape.cache / shape.depth / 2 if half else 0
     return [

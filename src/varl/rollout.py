@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from varl.policy import Condition, Policy
-from varl.sampling import Sampling, draw, filter_logits
-from varl.scoring import LOGITS
+from varl.sampling import LOGITS, Sampling, draw, filter_logits
 
 __all__ = ["Rollout", "Rows", "replay", "rollout", "row_generators"]
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "draw", "filter_logits"]
+__all__ = ["LOGITS", "Sampling", "draw", "filter_logits"]
+
+LOGITS = 2**23
+"""Logits that are held at once; several tensors of their size are, while they are made and differentiated."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,46 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     Raises:
         ValueError: if top_k exceeds the number of classes.
     """
-    logits = logits / sampling.temperature if sampling.temperature != 1 else logits
     classes = logits.shape[-1]
     if sampling.top_k > classes:
         raise ValueError(f"top_k is {sampling.top_k}, but there are only {classes} classes")
-    if 0 < sampling.top_k < classes:
-        values, places = logits.topk(min(sampling.top_k + 1, classes), dim=-1)
-        if sampling.top_p < 1 and not (values[..., 1:] == values[..., :-1]).any():
-            # No ties: what top-k leaves is sorted already, and top-p needs to look at no other class.
-            values, places = values[..., : sampling.top_k], places[..., : sampling.top_k]
-            behind = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)
-            drop = behind <= 1 - sampling.top_p
-            drop[..., 0] = False
-            kept = values.masked_fill(drop, -torch.inf)
-            return torch.full_like(logits, -torch.inf).scatter(-1, places, kept)
-        logits = logits.masked_fill(logits < values[..., sampling.top_k - 1 : sampling.top_k], -torch.inf)
-    if sampling.top_p < 1:
-        ascending, order = logits.sort(dim=-1, stable=True)
-        drop = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return logits
+    if sampling.top_k in (0, classes) and sampling.top_p == 1:
+        return logits / sampling.temperature if sampling.temperature != 1 else logits
+    flat = logits.reshape(-1, logits.shape[-1])
+    parts = [_filtered(part, sampling) for part in flat.split(_at_once(flat))]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(logits.shape)
+
+
+def _at_once(logits_NV: Tensor) -> int:
+    """Positions to work on at a time: what is made of their logits on the way is several times their size."""
+    return max(LOGITS // logits_NV.shape[-1], 1)
+
+
+def _filtered(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    logits = logits_NV / sampling.temperature if sampling.temperature != 1 else logits_NV
+    if not 0 < sampling.top_k < logits.shape[-1]:
+        return _top_p(logits, sampling.top_p)
+    values, places = logits.topk(sampling.top_k + 1, dim=-1)
+    least = values[:, sampling.top_k - 1 : sampling.top_k]
+    if sampling.top_p == 1:
+        return logits.masked_fill(logits < least, -torch.inf)
+    tied = (values[:, 1:] == values[:, :-1]).any(-1)
+    # Without ties what top-k leaves is sorted already, and top-p needs to look at no other class.
+    values, places = values[:, :-1], places[:, :-1]
+    drop = values.softmax(-1).flip(-1).cumsum(-1).flip(-1) <= 1 - sampling.top_p
+    drop[:, 0] = False
+    found = torch.full_like(logits, -torch.inf).scatter(-1, places, values.masked_fill(drop, -torch.inf))
+    if tied.any():
+        some = logits[tied]
+        found[tied] = _top_p(some.masked_fill(some < least[tied], -torch.inf), sampling.top_p)
+    return found
+
+
+def _top_p(logits_NV: Tensor, top_p: float) -> Tensor:
+    ascending, order = logits_NV.sort(dim=-1, stable=True)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[:, -1] = False
+    return logits_NV.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
 
 
 def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | None = None) -> Tensor:
@@ -108,11 +130,18 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
         uniform.uniform_(generator=generators)
     # Two units below 1 at most, so that rounding cannot take the product up to the whole sum, behind the last class.
     uniform.clamp_(max=1 - 2**-22)
-    p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    flat = logits.reshape(-1, logits.shape[-1])
+    numbers = uniform.to(logits.device).flatten().unsqueeze(-1)
+    count = _at_once(flat)
+    drawn = [_inverted(*part) for part in zip(flat.split(count), numbers.split(count), strict=True)]
+    return torch.cat(drawn).view(logits.shape[:-1])
+
+
+def _inverted(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
+    p = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).softmax(-1)
     below = p.cumsum(-1)
-    reached = uniform.to(logits.device).unsqueeze(-1) * below[..., -1:]
     # Logits that are NaN reach no class: the last one stands for them.
-    drawn = torch.searchsorted(below, reached, right=True).clamp_(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(below, uniform_N1 * below[:, -1:], right=True).clamp_(max=logits_NV.shape[-1] - 1)
     # A sum made in parallel may step up where a class has no probability.
     impossible = p.gather(-1, drawn) == 0
     if impossible.any():

@@ -11,13 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from varl.policy import Condition, Policy
-from varl.sampling import Sampling, filter_logits
+from varl.sampling import LOGITS, Sampling, filter_logits
 
-__all__ = ["LOGITS", "Scores", "log_probs"]
-
-
-LOGITS = 2**23
-"""Logits that are held at once; several tensors of their size are, while they are made and differentiated."""
+__all__ = ["Scores", "log_probs"]
 
 
 @dataclass
