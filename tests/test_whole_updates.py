@@ -1,0 +1,225 @@
+"""What whole updates do with their settings: groups without variance, values, prefixes, and what follows kinds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_runs
+from bits import Bits
+from learning import assert_close, batch, drawn, learned
+from small import make_inkling, make_prompts
+from test_trainer import assert_same, make_config, metrics, weights_of, with_reward
+from varl import Sampling, log_probs, updates
+from varl.config import MaskConfig, MethodConfig
+from varl.errors import RunError
+from varl.rewards import RewardOutput
+from varl.run.metrics import read_metrics
+from varl.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+def constant(images: Tensor, prompts: Any) -> list[float]:
+    return [0.25] * len(images)
+
+
+def constant_for_one(images: Tensor, prompts: Any) -> Tensor:
+    """The first prompt's pictures are all worth the same."""
+    score = tiny_runs.score(images, prompts).score
+    return torch.where(torch.tensor([p == prompts[0] for p in prompts]), 0.25, score)
+
+
+# --- Groups without variance. ---
+
+
+@pytest.mark.parametrize("kind", ["alternate", "full"])
+def test_ten_updates_of_a_constant_reward_move_nothing(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    config = make_config(weights, tmp_path / "run", update=kind, beta=0.1, run={"updates": 12, "failure_window": 4})
+    trainer = Trainer(with_reward(config, f"{__name__}:constant"))
+    before = weights_of(trainer)
+    trainer.run()
+    assert_same(weights_of(trainer), before)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [1] * 12
+    assert [line["not_finite"] for line in lines] == [0] * 12
+    assert [line["zero_variance_groups"] for line in lines] == [1.0] * 12
+    assert trainer.learner.steps_taken == 0
+    said = [record.message for record in caplog.records if "returns of every group are equal" in record.message]
+    assert said == ["update 1: the returns of every group are equal; it takes no step"]
+
+
+def test_the_kl_of_such_groups_moves_the_weights_if_asked_to(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(weights, tmp_path / "run", update="full", beta=0.1, zero_variance="kl", run={"updates": 3})
+    trainer = Trainer(with_reward(config, f"{__name__}:constant"))
+    before = weights_of(trainer)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 0]
+    assert not torch.equal(weights_of(trainer)["head.weight"], before["head.weight"])
+    assert "its step follows the KL alone" in caplog.text
+
+
+@pytest.mark.parametrize("kept", ["drop", "kl"])
+def test_a_group_without_variance_beside_others(weights: Path, tmp_path: Path, kept: str) -> None:
+    """Its rows carry their KL only if that is asked for."""
+    config = make_config(weights, tmp_path / kept, update="full", beta=0.1, zero_variance=kept, run={"updates": 1})
+    trainer = Trainer(with_reward(config, f"{__name__}:constant_for_one"))
+    seen = []
+    learn = trainer.learner.learn
+    trainer.learner.learn = lambda *given: seen.append(given[0]) or learn(*given)  # type: ignore[method-assign]
+    trainer.step()
+    assert seen[0].advantage_B[:4].tolist() == [0] * 4
+    assert seen[0].valid_B.tolist() == [kept == "kl"] * 4 + [True] * 8
+
+
+def test_a_dropped_group_keeps_no_kl() -> None:
+    found = updates.advantages(
+        torch.tensor([[1.0, 2.0], [3.0, 3.0], [1.0, 5.0]]),
+        torch.tensor([[True, True], [True, True], [True, False]]),
+        MethodConfig(),
+    )
+    assert updates.learnt_from(found, MethodConfig()).tolist() == [True, False, False]
+    assert updates.learnt_from(found, MethodConfig(zero_variance="kl")).tolist() == [True, True, False]
+
+
+# --- Values of one continuation, and under the distribution that it was drawn from. ---
+
+GUIDED = Sampling(guidance=0.7, top_p=0.9, temperature=0.8)
+
+
+@pytest.mark.parametrize("value", ["policy", "soft-reference"])
+@pytest.mark.parametrize("sampling", [Sampling(), GUIDED], ids=["plain", "guided"])
+def test_the_value_of_one_continuation(value: str, sampling: Sampling) -> None:
+    """R less eta times the log-ratio of its suffix."""
+    policy, reference = make_inkling(), make_inkling(1)
+    method = MethodConfig(middle=3, group=3, continuations=1, value=value, eta=0.02)  # type: ignore[arg-type]
+    plan = updates.plan("prefix", method, policy.default_schedule)
+    made = updates.draw(policy, policy.condition(make_prompts(2)), plan, sampling, (0,))
+    score = torch.rand(6, generator=torch.Generator().manual_seed(0))
+    output = RewardOutput.from_scores(score, 6)
+    found, valid = updates.returns(output, made, plan, method, policy, reference, 4, sampling)
+    guidance = None if sampling.is_plain else sampling
+    own, other = (
+        log_probs(p, made.whole.condition, made.whole.actions, range(3, 5), guidance=guidance).logp.sum(1)
+        for p in (policy, reference)
+    )
+    torch.testing.assert_close(found, score - 0.02 * (own - other))
+    assert bool(valid.all())
+    assert float((found - score).abs().min()) > 0.1
+
+
+def test_a_run_values_by_what_it_draws(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    inner = updates._sequence_logp
+    monkeypatch.setattr(updates, "_sequence_logp", lambda *given: seen.append(given[-1]) or inner(*given))
+    Trainer(make_config(weights, tmp_path / "run", update="prefix", value="policy", eta=0.01)).step()
+    assert seen == [Sampling(top_p=0.95)] * 2
+
+
+# --- The prefix's gradient. ---
+
+
+@pytest.mark.parametrize("state", ["shared", "independent"])
+def test_without_the_prefixs_gradient_micro_batches_change_nothing(state: str) -> None:
+    policy = make_inkling()
+    method = MethodConfig(middle=3, group=4, beta=0, suffix_state=state, prefix_gradient=False)  # type: ignore[arg-type]
+    made = drawn(policy, "suffix", method)
+    if state == "independent":
+        made.shared = 1
+    whole, _ = learned(policy, made, method, None, 8)
+    for micro_batch in (1, 2, 3):
+        parts, _ = learned(policy, made, method, None, micro_batch)
+        assert_close(whole, parts)
+    exact, _ = learned(policy, made, replace(method, prefix_gradient=True), None, 8)
+    difference = max(float((a - b).abs().max()) for a, b in zip(whole, exact, strict=True))
+    assert difference > 0.01 * max(float(a.abs().max()) for a in exact)
+
+
+# --- The KL's weights where only masked tokens are counted. ---
+
+
+def test_the_kl_keeps_the_grids_weights_where_masked_tokens_are_counted() -> None:
+    """With no advantage the KL is all there is: unmasked, it does not change with what the policy term counts."""
+    policy, reference = Bits().double(), Bits(1).double()
+    made = batch(policy)
+    made.advantage_B = torch.zeros_like(made.advantage_B)
+    grid, masked, both = (
+        learned(policy, made, MethodConfig(beta=0.3, mask=mask), reference)[0]
+        for mask in (MaskConfig(), MaskConfig(count="masked"), MaskConfig(count="masked", kl=True))
+    )
+    assert_close(grid, masked, tolerance=1e-9)
+    assert max(float((a - b).abs().max()) for a, b in zip(grid, both, strict=True)) > 1e-4
+
+
+# --- The norm of every step's gradient. ---
+
+
+def test_the_norms_by_step_are_of_all_sequences() -> None:
+    policy, reference = Bits().double(), Bits(1).double()
+    made, method = batch(policy), MethodConfig(beta=0.3)
+    _, whole = learned(policy, made, method, reference, 8)
+    for micro_batch in (1, 2, 3):
+        _, parts = learned(policy, made, method, reference, micro_batch)
+        assert parts["gradient_norm_by_step"] == pytest.approx(whole["gradient_norm_by_step"], rel=1e-9)
+    # The steps' gradients add up to the whole: with one step it is the norm itself.
+    _, one = learned(policy, batch(policy, range(1, 2)), method, reference, 2)
+    assert one["gradient_norm_by_step"] == [pytest.approx(one["gradient_norm"])]
+
+
+# --- Pictures and diagnostics follow the kinds. ---
+
+
+@pytest.mark.parametrize(
+    ("method", "every", "shown"),
+    [
+        ({"prefix_updates": 3}, 4, [3, 4, 7, 8]),  # the cycle of four has a suffix update at its end
+        ({"prefix_updates": 9}, 20, [19, 20]),
+        ({"prefix_updates": 2, "suffix_updates": 2}, 3, [2, 3, 4, 6, 8, 9]),
+        ({"update": "full"}, 4, [4, 8]),
+        ({"update": "full"}, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ({}, 0, []),
+    ],
+)
+def test_the_last_update_of_each_kind_is_shown(
+    weights: Path, tmp_path: Path, method: dict[str, Any], every: int, shown: list[int]
+) -> None:
+    trainer = Trainer(make_config(weights, tmp_path / "run", **method))
+    due = []
+    for update in range(max(9, every)):
+        trainer.update = update
+        due += [update + 1] if trainer._due(every) else []
+    trainer.folder.close()
+    assert due == shown
+
+
+def test_pictures_and_norms_of_both_kinds(weights: Path, tmp_path: Path) -> None:
+    run = {"updates": 4, "gallery_every": 4, "diagnose_every": 4}
+    Trainer(make_config(weights, tmp_path / "run", prefix_updates=1, run=run)).run()
+    lines = read_metrics(tmp_path / "run")
+    assert [line["kind"] for line in lines if "gradient_norm_by_step" in line] == ["prefix", "suffix"]
+    names = sorted(path.name for path in (tmp_path / "run" / "gallery").iterdir())
+    assert names == ["update-000003.png", "update-000004.png"]
+
+
+# --- Weights that are no numbers. ---
+
+
+def test_a_short_run_whose_every_loss_is_not_finite_ends_with_an_error(weights: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(weights, tmp_path / "run", run={"updates": 2}))
+    trainer.policy.trainable.get_parameter("head.weight").data[0, 0] = torch.nan
+    with pytest.raises(RunError, match="100% of the steps were not taken, as the loss or gradient was not finite"):
+        trainer.run()
