@@ -150,7 +150,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[
 
 
 def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:
-    first, second = processes.launch(2, "-m", "processes", "distributed_runs.one_fails", str(tmp_path), timeout=60)
+    first, second = processes.launch(2, "-m", "processes", "distributed_runs.one_fails", str(tmp_path))
     assert (first.returncode, second.returncode) == (1, 1)
     assert first.stderr == ""
     assert "ValueError: the disk is full" in second.stderr
@@ -192,7 +192,7 @@ def test_sequences_that_cannot_be_shared_equally_are_refused_before_work(folder:
 
 
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
-    first, second = processes.launch(2, *command(folder, "--reward", "unkind:killing"), timeout=60)
+    first, second = processes.launch(2, *command(folder, "--reward", "unkind:killing"))
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 1
     assert "process 0 of 2 was the first to fail, or to lose another" in first.stderr
@@ -201,7 +201,7 @@ def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
 def test_torchrun_starts_killed_processes_again(folder: Path, tmp_path: Path) -> None:
     reward = ["--reward.name", "unkind:killing_once", "--reward.marker", str(tmp_path / "marker")]
     words = command(folder, "--run.out", str(tmp_path / "run"), "--run.updates", "2", *reward)
-    (ended,) = processes.launch(1, *LAUNCH, *words, timeout=120)
+    (ended,) = processes.launch(1, *LAUNCH, *words)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "marker").exists()
     assert (tmp_path / "run" / "weights.safetensors").exists()
