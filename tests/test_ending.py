@@ -9,6 +9,8 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
+
 from patience import PATIENCE, alive, wait_for
 
 CHILD = "import time; from varl.ending import end_with_launcher; end_with_launcher(); print('up', flush=True)"
@@ -22,6 +24,7 @@ child.wait()
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_when_its_launcher_is_killed() -> None:
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, CHILD],

@@ -100,6 +100,7 @@ places = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @fuzz
 @given(place=places, value=values)
 def test_a_setting_of_any_value(command: Callable[[bytes], int], place: tuple[str, Any], value: Any) -> None:
@@ -108,6 +109,7 @@ def test_a_setting_of_any_value(command: Callable[[bytes], int], place: tuple[st
     assert command(yaml.safe_dump(recipe).encode("utf-8", "surrogatepass")) in (0, 2)
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_a_recipe_of_any_bytes(command: Callable[[bytes], int], recipe: bytes) -> None:
@@ -334,6 +336,7 @@ def test_metrics_of_any_lines(tmp_path: Path, content: bytes) -> None:
 # --- Pictures, and what rewards say of them ---
 
 
+@pytest.mark.slow
 @few
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from(["noise", "nan", "huge", "flat"])

@@ -25,6 +25,7 @@ def with_reward(path: Path, reward: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
     whole, told = tmp_path / "whole", tmp_path / "told"
     for folder in (whole, told):
