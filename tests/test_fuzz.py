@@ -194,7 +194,7 @@ def test_quotes_are_those_of_the_rule(text: str) -> None:
 def test_quotes_without_end_take_no_time(unit: str) -> None:
     started = time.process_time()
     quoted_words(unit * 30_000)
-    assert time.process_time() - started < 60  # of this process alone; with the square of the length it would be minutes
+    assert time.process_time() - started < 60  # of this process; with the square of the length: minutes
 
 
 def test_endless_labels_are_refused() -> None:

@@ -21,7 +21,8 @@ ATOL = 5e-5
 """Measured differences are 3e-5 at most; the manifests allow 1e-3 for logits and 3e-4 for the tokenizer."""
 FEATURES = 1e-5
 """Of features of codes, of size 2: resizing rounds otherwise on processors without AVX-512 (2e-6)."""
-SAME_SUMS = os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX512_CORE" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+KERNELS = os.environ.get("ONEDNN_MAX_CPU_ISA"), torch.backends.cpu.get_cpu_capability()
+SAME_SUMS = KERNELS == ("AVX512_CORE", "AVX512")
 """Whether bf16 products are summed in the order of the machine that made the vectors: with AVX-512, without AMX."""
 
 every_lm = pytest.mark.parametrize("case", LM_CASES)
