@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint results clean
+.PHONY: demo test test-all test-processors lint results clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,8 +14,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/varl train recipes/inkling-ocr.yaml
 
+# The quick tests; then everything; then the tests of numbers as other processors would compute them.
 test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+test-processors: $(VENV)/.ready
+	$(BIN)/python tests/processors.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

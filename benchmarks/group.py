@@ -13,8 +13,8 @@ __all__ = ["VICTIMS", "Group"]
 
 VICTIMS = ("worker", "launcher", "all")
 """Who is killed: one of the processes; ``torchrun``, which cannot tell the others; or it and all of them."""
-END_S = 120.0
-"""How long a group may take to end once one of it is dead."""
+END_S = 1200.0
+"""Once one of a group is dead, it hangs if it has not ended after so long."""
 
 
 class Group:

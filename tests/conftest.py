@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,20 @@ from varl.models.inkling import Inkling
 from varl.policy import Prompt
 
 torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+
+NUMERIC = ("algorithm", "models", "evaluation", "families", "learner", "rollout", "sampling", "scoring", "updates")
+NUMERIC += ("adapters", "cheaper", "ema", "example", "policy_settings", "probe", "savings")
+"""Folders of tests, and beginnings of modules' names after ``test_``, that compare computed numbers."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark quick tests of numbers; ``make test-processors`` runs them as other processors would compute."""
+    for item in items:
+        names = [name.removeprefix("test_") for name in item.path.relative_to(HERE).parts]
+        if names[0].startswith(NUMERIC) and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.numeric)
 
 
 @pytest.fixture(scope="session")

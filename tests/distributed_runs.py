@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import varl.loading
 from collectives import Collectives
+from patience import PATIENCE
 from varl import rollout, sizing, updates
 from varl.config import (
     AdapterConfig,
@@ -214,5 +215,5 @@ def one_fails(folder: Path) -> dict[str, Any]:
     with distributed.guarded():
         if distributed.rank == 1:
             raise ValueError("the disk is full")
-        time.sleep(100)
+        time.sleep(2 * PATIENCE)
     return {}

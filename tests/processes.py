@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from patience import PATIENCE
+
 __all__ = ["free_port", "launch", "run"]
 
 HERE = Path(__file__).parent
@@ -22,8 +24,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(size: int, *words: str, timeout: float = 300.0) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``python WORDS`` in ``size`` processes of one group; they are killed after ``timeout`` seconds."""
+def launch(size: int, *words: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run ``python WORDS`` in ``size`` processes of one group; they are killed if they hang."""
     path = os.pathsep.join([str(HERE), str(HERE.parent / "src"), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     base = os.environ | group | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -40,7 +42,7 @@ def launch(size: int, *words: str, timeout: float = 300.0) -> list[subprocess.Co
     ended = []
     try:
         for process in started:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=PATIENCE)
             ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     finally:
         for process in started:

@@ -53,6 +53,7 @@ def use(policy: Policy, reference: Policy, middle: int) -> list[Tensor]:
     return [*found, *(p.grad for p in policy.trainable.parameters() if p.grad is not None)]
 
 
+@pytest.mark.slow
 @every
 def test_few_graphs_serve_all_steps_and_layers(
     family: Family, graphs: list[int], monkeypatch: pytest.MonkeyPatch

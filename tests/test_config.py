@@ -1,5 +1,4 @@
 import math
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from varl.config import (
     MaskConfig,
     MethodConfig,
     OptimizerConfig,
-    PolicyConfig,
     PromptConfig,
     RunConfig,
     TrainConfig,
@@ -88,25 +86,6 @@ def test_when_a_reference_is_held() -> None:
 def test_estimators_of_the_policys_own_continuations(value: str) -> None:
     with pytest.raises(ValueError, match="continuations_by"):
         MethodConfig(value=value, continuations_by="reference")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        PolicyConfig,
-        PromptConfig,
-        MaskConfig,
-        MethodConfig,
-        OptimizerConfig,
-        EvaluationConfig,
-        RunConfig,
-        TrainConfig,
-    ],
-)
-def test_every_setting_has_a_default_and_is_explained(config: type) -> None:
-    made = config()
-    for field in fields(made):
-        assert field.name in (config.__doc__ or ""), field.name
 
 
 def test_configurations_are_values() -> None:

@@ -50,6 +50,7 @@ def three(folder: Path) -> list[dict[str, Any]]:
     return processes.run(3, "distributed_runs.three", folder)
 
 
+@pytest.mark.slow
 def test_given_the_same_actions_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     found, _ = processes.run(2, "distributed_cases.gradients", tmp_path)
     assert len(found) > 20
@@ -59,6 +60,7 @@ def test_given_the_same_actions_gradients_are_those_of_one_process(tmp_path: Pat
         assert max(differences.values()) < most, (name, differences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["two", "three"])
 def test_runs_in_fp64_are_those_of_one_process(
     request: pytest.FixtureRequest, alone: dict[str, Any], size: str
@@ -104,6 +106,7 @@ def assert_close(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_micro_batches_are_chosen_together_under_fsdp2(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     for found in two:
         assert found["measured"]["sizes"] == {"prefix": 4, "suffix": 4}
@@ -113,6 +116,7 @@ def test_micro_batches_are_chosen_together_under_fsdp2(alone: dict[str, Any], tw
     assert all(0 < norm < math.inf for of_update in norms for norm in of_update)
 
 
+@pytest.mark.slow
 def test_a_rollout_gathers_each_unit_once(two: list[dict[str, Any]]) -> None:
     for found in [one["counted"] for one in two]:
         assert found["units"] == 1 + tiny_runs.TINY.depth
@@ -120,6 +124,7 @@ def test_a_rollout_gathers_each_unit_once(two: list[dict[str, Any]]) -> None:
         assert found["sent"] == {"allgather_base": found["units"]}
 
 
+@pytest.mark.slow
 def test_what_an_update_sends_is_the_closed_form(two: list[dict[str, Any]]) -> None:
     for name, kinds in two[0]["counted"]["bytes"].items():
         for kind, (counted, form) in kinds.items():
@@ -127,6 +132,7 @@ def test_what_an_update_sends_is_the_closed_form(two: list[dict[str, Any]]) -> N
             assert counted == pytest.approx(form, rel=2e-3, abs=64), (name, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two")
 def test_adapters_are_exported_whole_and_merged(folder: Path) -> None:
     base = load_file(folder / "tiny.safetensors")
@@ -140,6 +146,7 @@ def test_adapters_are_exported_whole_and_merged(folder: Path) -> None:
     assert changed == {"qkv", "out", "up", "down"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("three")
 def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[str, Any]) -> None:
     distributed_runs.one_begins(folder)
@@ -150,7 +157,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[
 
 
 def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:
-    first, second = processes.launch(2, "-m", "processes", "distributed_runs.one_fails", str(tmp_path), timeout=60)
+    first, second = processes.launch(2, "-m", "processes", "distributed_runs.one_fails", str(tmp_path))
     assert (first.returncode, second.returncode) == (1, 1)
     assert first.stderr == ""
     assert "ValueError: the disk is full" in second.stderr
@@ -174,6 +181,7 @@ def command(folder: Path, *words: str) -> list[str]:
     return ["-m", "varl", "train", *given, *words]
 
 
+@pytest.mark.slow
 def test_a_command_that_one_process_cannot_carry_out_says_so_once(folder: Path) -> None:
     first, second = processes.launch(2, *command(folder, "--reward", "unkind:here_only"))
     assert (first.returncode, second.returncode) == (1, 2)
@@ -191,17 +199,19 @@ def test_sequences_that_cannot_be_shared_equally_are_refused_before_work(folder:
     assert not made.run.out.exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others(folder: Path) -> None:
-    first, second = processes.launch(2, *command(folder, "--reward", "unkind:killing"), timeout=60)
+    first, second = processes.launch(2, *command(folder, "--reward", "unkind:killing"))
     assert second.returncode == -signal.SIGKILL
     assert first.returncode == 1
     assert "process 0 of 2 was the first to fail, or to lose another" in first.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_starts_killed_processes_again(folder: Path, tmp_path: Path) -> None:
     reward = ["--reward.name", "unkind:killing_once", "--reward.marker", str(tmp_path / "marker")]
     words = command(folder, "--run.out", str(tmp_path / "run"), "--run.updates", "2", *reward)
-    (ended,) = processes.launch(1, *LAUNCH, *words, timeout=120)
+    (ended,) = processes.launch(1, *LAUNCH, *words)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "marker").exists()
     assert (tmp_path / "run" / "weights.safetensors").exists()

@@ -185,6 +185,7 @@ def test_the_naive_way_draws_the_same_in_parts(bench: Bench, kind: Kind, monkeyp
     assert torch.equal(parts.finished, whole.finished)
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_row_and_the_whole_a_goal(bench: Bench, tmp_path: Path):
     config = replace(bench.trainer.config, method=METHOD)
     folder = tmp_path / "more"

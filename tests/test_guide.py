@@ -30,6 +30,7 @@ def picture(path: str) -> np.ndarray:
     return np.asarray(Image.open(path), dtype=int)
 
 
+@pytest.mark.slow
 def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")

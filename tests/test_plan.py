@@ -206,14 +206,15 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 OWN = {"decode", "whole-bf16", "lora-bf16-checkpointing"}
+LARGER = [("var", "full"), ("var", "full-bf16"), ("var", "decode")]
+LARGER += [(family, "whole-bf16") for family in ("infinity", "switti", "tokenflow")]
+LARGER += [(family, "lora-bf16-checkpointing") for family in ("var", "infinity", "switti", "tokenflow")]
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("inkling", kind) for kind in RUNS if kind not in OWN]
-    + [("var", "full"), ("var", "full-bf16"), ("var", "decode")]
-    + [(family, "whole-bf16") for family in ("infinity", "switti", "tokenflow")]
-    + [(family, "lora-bf16-checkpointing") for family in ("var", "infinity", "switti", "tokenflow")],
+    + [pytest.param(family, kind, marks=pytest.mark.slow) for family, kind in LARGER],
 )
 def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varl.loading, "load_policy", with_texts)

@@ -55,6 +55,7 @@ def test_a_run_with_adapters(weights: Path, tmp_path: Path, kind: str) -> None:
     assert all(key.split(".")[-2] in finished.lora_targets for key in changed)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     lora = AdapterConfig(rank=2, alpha=4.0)
@@ -107,6 +108,7 @@ def test_checkpointing_gives_the_same_numbers_with_fewer_saved_tensors(weights: 
     assert plain == again
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_equal(weights: Path) -> None:
     """Drawing, scoring and gradients, with a prefix that is shared."""
     plain, compiled = (

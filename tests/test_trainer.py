@@ -98,6 +98,7 @@ def run_until(trainer: Trainer, update: int) -> None:
         trainer.run(progress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "killed_at"), [("alternate", 5), ("full", 4), ("prefix", 2), ("suffix", 4)])
 def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path, kind: str, killed_at: int) -> None:
     whole = Trainer(make_config(weights, tmp_path / "whole", update=kind))
@@ -121,6 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path,
     assert_same(dict(finished.trainable.state_dict()), weights_of(whole))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_for_longer_and_survives_a_torn_checkpoint(weights: Path, tmp_path: Path) -> None:
     whole = Trainer(make_config(weights, tmp_path / "whole"))
     whole.run()

@@ -263,7 +263,7 @@ def test_how_many_are_drawn_at_once_changes_nothing(
     inkling: Inkling, prompts: list[Prompt], kind: updates.Kind, at_once: int
 ) -> None:
     plan = updates.plan(kind, METHOD, inkling.default_schedule)
-    condition, sampling = inkling.condition(prompts), Sampling(guidance=1.5, top_p=0.9)
+    condition, sampling = inkling.condition(prompts[:3]), Sampling(guidance=1.5, top_p=0.9)
     whole = updates.draw(inkling, condition, plan, sampling, (0, 5))
     parts = updates.draw(inkling, condition, plan, sampling, (0, 5), at_once=at_once)
     for found, expected in ((parts.whole, whole.whole), (parts.trained, whole.trained)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.kills import noisy_brightness
 from torch import Tensor
 
+from patience import PATIENCE, wait_for
 from varl.cli import COMMANDS, _parser
 from varl.models.inkling import Inkling, InklingConfig, save
 from varl.policy import Prompt
@@ -99,8 +102,30 @@ def without_regions(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return noisy(images, prompts).score
 
 
-def slow(images: Tensor, prompts: Sequence[Prompt], marker: str, seconds: float) -> RewardOutput:
-    """``score``, after making a file and waiting."""
-    Path(marker).touch()
-    time.sleep(seconds)
+def told_to_stop() -> bool:
+    """Whether the run in this process has noted a signal."""
+    interrupts = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(interrupts, "received", None) is not None
+
+
+def awaiting(images: Tensor, prompts: Sequence[Prompt], folder: str, after: Sequence[int] = ()) -> Tensor:
+    """The score of ``benchmarks.kills``; after these numbers of updates it is given only once a signal was noted.
+
+    Args:
+        folder: that of the run's folder; a file ``waits-N`` is made there before the wait.
+    """
+    metrics = Path(folder) / "run" / "metrics.jsonl"
+    done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    if done in after and not (marker := Path(folder) / f"waits-{done}").exists():
+        marker.touch()
+        wait_for(told_to_stop)
+    return noisy_brightness(images, prompts)
+
+
+def endless(images: Tensor, prompts: Sequence[Prompt], folder: str) -> RewardOutput:
+    """Never comes back; makes a file ``called``, and ``noted`` once a signal was noted."""
+    (Path(folder) / "called").touch()
+    wait_for(told_to_stop)
+    (Path(folder) / "noted").touch()
+    time.sleep(2 * PATIENCE)
     return score(images, prompts)

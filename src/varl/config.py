@@ -338,7 +338,7 @@ class TrainConfig:
         prompts: which prompts.
         sampling: how pictures are drawn, in training and, if that asks for nothing else, in evaluation.
         method: what is sampled, rewarded and trained.
-        optimizer: AdamW.
+        optimizer: AdamW, and its warm-up.
         evaluation: on held-out prompts.
         run: how long, where and how.
         parallel: how several processes share the work.

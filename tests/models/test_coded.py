@@ -79,15 +79,15 @@ def test_fork_and_select(policy: Any, condition: Condition, actions: Tensor, gui
     alone = policy.next_logits(state)
     forked, chosen = state.fork(2), state.select([2, 0])
     assert (forked.batch, chosen.batch) == (6, 2)
-    torch.testing.assert_close(policy.next_logits(forked), alone.repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.next_logits(forked), alone.repeat_interleave(2, 0), atol=1e-4, rtol=1e-5)
     policy.advance(chosen, actions[[2, 0]][:, 5:14])
     whole = replay(policy, condition.select([2, 0]), actions[[2, 0]], 3, guidance).state
-    torch.testing.assert_close(policy.next_logits(chosen), policy.next_logits(whole), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(policy.next_logits(state), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.next_logits(chosen), policy.next_logits(whole), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(policy.next_logits(state), alone, atol=1e-4, rtol=1e-5)
     again, copies = chosen.fork(2), 1 + (guidance > 0 and policy.guidance_ramp(condition.schedule)[3] > 0)
     assert (chosen.copies, again.copies, again.batch) == (copies, copies, 4)
     expected = policy.next_logits(chosen).repeat_interleave(2, 0)
-    torch.testing.assert_close(policy.next_logits(again), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.next_logits(again), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])

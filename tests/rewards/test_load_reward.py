@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from patience import PATIENCE
 from varl.policy import Prompt
 from varl.rewards import RewardOutput, load_reward
 from varl.rewards.ocr import OcrReward
@@ -172,7 +173,7 @@ def test_a_hanging_callable_hits_the_time_limit():
 
     def hangs(images, prompts):
         calls.append(1)
-        gate.wait(30)
+        gate.wait(PATIENCE)
         return [1.0] * 3
 
     reward = PythonReward(hangs, timeout_s=0.1)
@@ -181,5 +182,6 @@ def test_a_hanging_callable_hits_the_time_limit():
     assert len(calls) == 1
     gate.set()
     reward._hung.join()
+    reward.timeout_s = PATIENCE
     assert not reward(IMAGES, PROMPTS).failed.any()
     assert "TimeoutError: an earlier call still hangs" in reward.failures.reasons

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from patience import PATIENCE
 from varl.errors import RunError
 from varl.run import checkpoint as module
 from varl.run import faults
@@ -71,7 +72,7 @@ def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
 
     def hold(name: str) -> None:
         if name == "checkpoint folder made":
-            go_on.wait(10)
+            go_on.wait(PATIENCE)
 
     checkpoints = Checkpoints(tmp_path, 2)
     with faults.armed(hold):
@@ -196,7 +197,7 @@ def test_a_failed_write_is_raised_at_the_next_call_and_leaves_no_trace(
     monkeypatch.setattr(module.dcp, "save", full)
     checkpoints.save(20, TENSORS, {}, None)
     assert checkpoints._pending is not None
-    assert checkpoints._pending.exception(timeout=10) is not None
+    assert checkpoints._pending.exception(timeout=PATIENCE) is not None
     with pytest.raises(RunError, match=r"update-000020 cannot be written: No space left on device"):
         checkpoints.check()
     assert names(tmp_path) == ["update-000010"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import tiny_runs
+from patience import PATIENCE
 from rewards.moody import Mortal
 from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, PromptConfig, RunConfig, TrainConfig
 from varl.errors import RunError
@@ -32,13 +33,13 @@ class Broken:
     """``tiny_runs.score``, but broken in one way a call, in the order given; whole afterwards."""
 
     def __init__(self, ways: Sequence[str] = ()) -> None:
-        self.ways = list(ways)
+        self.ways, self.gate = list(ways), threading.Event()
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Any:
         way = self.ways.pop(0) if self.ways else ""
         output = tiny_runs.score(images, prompts)
         if way == "hangs":
-            time.sleep(0.6)
+            self.gate.wait(PATIENCE)
         if way == "raises":
             raise ZeroDivisionError("a bug")
         wrong = {
@@ -70,7 +71,7 @@ def make_config(weights: Path, out: Path, updates: int, ways: Sequence[str] = ()
     return TrainConfig(
         policy=PolicyConfig(weights=str(weights)),
         prompts=PromptConfig(count=3),
-        reward={"name": f"{__name__}:Broken", "ways": list(ways), "timeout_s": 0.3 if "hangs" in ways else None},
+        reward={"name": f"{__name__}:Broken", "ways": list(ways), "timeout_s": PATIENCE if "hangs" in ways else None},
         method=MethodConfig(prompts=3, group=4, update="full"),
         evaluation=EvaluationConfig(enabled=False),
         run=RunConfig(**{"out": out, "updates": updates, "save_every": 100, "device": "cpu", "gallery_every": 1} | run),
@@ -83,8 +84,10 @@ def test_every_way_of_failing_skips_the_step_and_is_counted(weights: Path, tmp_p
 
     def note(_: dict[str, Any]) -> None:
         states.append(trainer.policy.trainable.state_dict()["head.weight"].clone())
+        trainer.reward.timeout_s = 0.3 if WAYS[len(states) :] == ["hangs"] else PATIENCE
         if len(states) == len(WAYS):
-            time.sleep(0.5)  # the call that hung comes back
+            trainer.reward.fn.gate.set()
+            trainer.reward._hung.join()
 
     before = trainer.policy.trainable.state_dict()["head.weight"].clone()
     trainer.run(note)

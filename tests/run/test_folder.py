@@ -82,6 +82,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
     assert outcome(small_disk / "run") == whole
 
 
+@pytest.mark.slow
 def test_every_file_that_cannot_be_written_stops_the_run_and_loses_nothing(
     weights: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def killed_at(weights: Path, out: Path, name: str, passing: int) -> None:
         Trainer(make_config(weights, out)).run()
 
 
+@pytest.mark.slow
 def test_killed_at_every_point(weights: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     """At the last passing of each: where most is at stake."""
     points = points_of(weights, tmp_path / "points")
@@ -131,12 +132,14 @@ def test_killed_before_an_update_that_reuses_pictures(weights: Path, tmp_path: P
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_really_killed(tmp_path: Path) -> None:
     found = sweep(tmp_path, kills=3, updates=6)
     assert found["kills"] == 3
     assert found["different"] == 0
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_really_killed(tmp_path: Path) -> None:
     found = sweep(tmp_path, kills=1, updates=6, processes=2)
     assert found["kills"] == sum(found.get(victim, 0) for victim in VICTIMS) == 1

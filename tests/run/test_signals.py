@@ -5,70 +5,62 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmarks.kills import RECIPE, begin, outcome, recipe
+import yaml
+from benchmarks.kills import begin, outcome, recipe
 
+from patience import PATIENCE, wait_for
 from varl.errors import Interrupted
 from varl.run.checkpoint import read_manifest
 from varl.run.metrics import read_metrics
 from varl.run.signals import Interrupts
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def with_reward(path: Path, reward: dict[str, Any]) -> Path:
+    """A recipe of ``benchmarks.kills`` with another reward."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"reward": reward}))
+    return path
 
 
-def updates(folder: Path) -> list[int]:
-    path = folder / "run" / "metrics.jsonl"
-    return [line["update"] for line in read_metrics(path)] if path.exists() else []
-
-
+@pytest.mark.slow
 def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
     whole, told = tmp_path / "whole", tmp_path / "told"
     for folder in (whole, told):
         folder.mkdir()
-    process = begin(recipe(whole, 9))
-    process.join(120)
+    process = begin(with_reward(recipe(whole, 9), {"name": "tiny_runs:awaiting", "folder": str(whole)}))
+    process.join(PATIENCE)
     assert process.exitcode == 0
-    path = recipe(told, 9)
+    path = with_reward(recipe(told, 9), {"name": "tiny_runs:awaiting", "folder": str(told), "after": [1, 5]})
     for number, code, after in ((signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 5)):
         process = begin(path)
-        wait_for(lambda after=after: after in updates(told))  # type: ignore[misc]
+        wait_for((told / f"waits-{after}").exists)
         assert process.pid is not None
         os.kill(process.pid, number)
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == code
-        reached = updates(told)[-1]
-        assert reached < 9
+        # The update that was under way is finished, and nothing that was done is lost.
+        assert read_metrics(told / "run")[-1]["update"] == after + 1
         newest = max((told / "run" / "checkpoints").glob("update-*"))
-        assert read_manifest(newest)["update"] == reached  # nothing that was done is lost
+        assert read_manifest(newest)["update"] == after + 1
     process = begin(path)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     assert outcome(told / "run") == outcome(whole / "run")
 
 
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
-    """In the middle of an update that takes a minute."""
-    path, marker = tmp_path / "recipe.yaml", tmp_path / "marker"
-    text = RECIPE.format(out=tmp_path / "run", updates=3).replace("count: 4, every: 4", "enabled: false")
-    reward = f'{{name: "tiny_runs:slow", marker: {marker}, seconds: 60}}'
-    path.write_text(text.replace('"benchmarks.kills:noisy_brightness"', reward))
-    process = begin(path)
-    wait_for(marker.exists)
+    """In the middle of an update that does not end."""
+    process = begin(with_reward(recipe(tmp_path, 3), {"name": "tiny_runs:endless", "folder": str(tmp_path)}))
+    wait_for((tmp_path / "called").exists)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGTERM)
-    process.join(0.5)
+    wait_for((tmp_path / "noted").exists)
     assert process.exitcode is None
     os.kill(process.pid, signal.SIGINT)
-    process.join(10)
+    process.join(PATIENCE)
     assert process.exitcode == 130
 
 

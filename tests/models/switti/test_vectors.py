@@ -168,21 +168,28 @@ def test_soft_codes(case: Case) -> None:
 
 @torch.no_grad()
 def test_bf16_as_the_pipeline_runs(case: Case) -> None:
-    """Transformer and tokenizer in bf16, the phases of the crop condition too."""
+    """Transformer and tokenizer in bf16, the phases of the crop condition too.
+
+    Sums of products end in another last bit on another processor, and every block and grid rounds anew: on average
+    nothing (AVX-512) to 8% (AVX2) of the spread away. fp32 is 19% away.
+    """
     if "bf16.logits.0" not in case.tensors:
         pytest.skip("no vectors in bf16")
     policy = case.load().to(torch.bfloat16)
     case.close(policy.transformer.crop_embed(torch.tensor([[512, 512, 0, 0]])), "bf16.crop_embed", 0)
     spread = case.manifest["bf16_vs_fp32_max_abs"]["reference_is_fp32_but_with_the_bf16_crop_embed"]
-    state, raw = policy.start(policy.condition_from(case.features), 4.0), list[Tensor]()
+    state, raw, shares = policy.start(policy.condition_from(case.features), 4.0), list[Tensor](), list[float]()
     policy.transformer.head.register_forward_hook(lambda _, __, out: raw.append(out.clone()))
     for step in case.steps:
         policy.next_logits(state)
-        case.close(raw[-1], f"bf16.logits.{step}", spread[f"scale{step}"] / 2)
+        case.close(raw[-1], f"bf16.logits.{step}", spread[f"scale{step}"])
+        away = (raw[-1].float() - case.tensors[f"bf16.logits.{step}"].float()).abs().mean()
+        shares.append(float(away) / spread[f"scale{step}"])
         policy.advance(state, case.tensors[f"tf.idx.{step}"].long())
         after = min(step + 1, case.steps[-1])
         now = resize_area(state.drawn["total"], policy.default_schedule.grids[after])
         case.close(now, f"bf16.next.{step}", 0.02)
+    assert sum(shares) / len(shares) < 0.125
 
 
 def test_the_phases_of_the_crop_condition_collapse_in_bf16(case: Case) -> None:

@@ -1,5 +1,7 @@
 """Against the numbers of the published code, run on small random weights."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,11 @@ from varl.sampling import filter_logits
 
 ATOL = 5e-5
 """Measured differences are 3e-5 at most; the manifests allow 1e-3 for logits and 3e-4 for the tokenizer."""
+FEATURES = 1e-5
+"""Of features of codes, of size 2: resizing rounds otherwise on processors without AVX-512 (2e-6)."""
+KERNELS = os.environ.get("ONEDNN_MAX_CPU_ISA"), torch.backends.cpu.get_cpu_capability()
+SAME_SUMS = KERNELS == ("AVX512_CORE", "AVX512")
+"""Whether bf16 products are summed in the order of the machine that made the vectors: with AVX-512, without AMX."""
 
 every_lm = pytest.mark.parametrize("case", LM_CASES)
 every_tokenizer = pytest.mark.parametrize("case", TOKENIZER_CASES)
@@ -45,13 +52,13 @@ def test_tokenizer(case: Case) -> None:
     actions = tokenizer.encode(t["images"] / 2 + 0.5)
     assert torch.equal(actions, t["enc.idx"].long())
     total = tokenizer.quantize.features(actions)
-    near(total, t["enc.fhat"], 1e-6)
+    near(total, t["enc.fhat"], FEATURES)
     near(tokenizer.picture(total), t["enc.recon_image"])
 
     codes = t["codes"].long()
-    near(tokenizer.quantize.entries(codes[:1, :8])[0], t["dec.codebook_entries"], 1e-6)
+    near(tokenizer.quantize.entries(codes[:1, :8])[0], t["dec.codebook_entries"], FEATURES)
     total = tokenizer.quantize.features(codes)
-    near(total, t["dec.fhat"], 1e-6)
+    near(total, t["dec.fhat"], FEATURES)
     near(tokenizer.picture(total), t["dec.image"])
     near(tokenizer.semantics(total), t["dec.semantic"])
     near(tokenizer.decode(codes), (t["dec.image"].clamp(-1, 1) + 1) / 2)
@@ -67,14 +74,14 @@ def test_features_of_drawn_grids(case: Case) -> None:
     quantize, codes, schedule = policy.tokenizer.quantize, t["in.codes"].long(), policy.default_schedule
     maps = quantize.inputs(codes, len(schedule))
     flat = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
-    near(flat, t["feat"], 1e-6)
+    near(flat, t["feat"], FEATURES)
     for place in range(2):
         refined = maps[place] + quantize.grid(codes[:, schedule.tokens_of(place + 1)], place + 1)
         own = slice(schedule.offsets[place + 1] - 1, schedule.offsets[place + 2] - 1)
-        near(refined.flatten(2).transpose(1, 2), t[f"feat_cur{place}"][:, own], 1e-6)
+        near(refined.flatten(2).transpose(1, 2), t[f"feat_cur{place}"][:, own], FEATURES)
     features = prompts_of(case)
     rows = policy.transformer.model.embed(features["prompt"], maps, range(len(schedule)))
-    near(rows, t["tf.inputs_embeds"][:, : rows.shape[1]], 1e-6)
+    near(rows, t["tf.inputs_embeds"][:, : rows.shape[1]], FEATURES)
 
 
 @every_lm
@@ -179,14 +186,27 @@ def expected_rows(case: Case, policy: TokenFlow, name: str) -> Tensor:
 
 @every_lm
 def test_bf16_with_upstreams_rounding(case: Case) -> None:
-    """Both parts cast: rounded where upstream rounds, unless told otherwise."""
+    """Both parts cast: rounded where upstream rounds, unless told otherwise.
+
+    Sums of products end in another last bit on another processor: on average 0.0002 (AMX) to 0.0032 (AVX2) away. One
+    rounding too few, of the frequencies or in attention, is 0.012 away everywhere, and fp32 0.018.
+    """
     policy = new_policy(case).to(torch.bfloat16)
     maps = policy.tokenizer.quantize.inputs(case.tensors["in.codes"].long(), len(policy.default_schedule))
     rows = policy.transformer.model.embed(prompts_of(case)["prompt"], maps, range(len(policy.default_schedule)))
-    allowed_difference = case.manifest["bf16_vs_fp32_max_abs(valid)"] / 2
-    near(rows, case.tensors["bf16.inputs_embeds"][:, : rows.shape[1]], allowed_difference)
+    spread = case.manifest["bf16_vs_fp32_max_abs(valid)"]
+    near(rows, case.tensors["bf16.inputs_embeds"][:, : rows.shape[1]], spread / 2)
+    found, expected = bf16_logits(case, policy), expected_rows(case, policy, "bf16.logits").float()
+    near(found, expected, spread)
+    fp32 = expected_rows(case, policy, "tf.logits")
+    assert (found - expected).abs().mean() < (fp32 - expected).abs().mean() / 2
+
+
+@every_lm
+@pytest.mark.skipif(not SAME_SUMS, reason="bf16 is summed as upstream's only under ONEDNN_MAX_CPU_ISA=AVX512_CORE")
+def test_bf16_is_upstreams_to_the_bit_where_sums_are(case: Case) -> None:
+    policy = new_policy(case).to(torch.bfloat16)
     found, expected = bf16_logits(case, policy), expected_rows(case, policy, "bf16.logits")
-    near(found, expected, allowed_difference)
     assert torch.equal(found.bfloat16(), expected.bfloat16())
 
 

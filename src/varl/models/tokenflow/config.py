@@ -39,8 +39,8 @@ class TransformerConfig:
         img_close_ids: pieces of ``</img>``, which only supervised training needs; taken and not used.
         cfg: upstream's guidance, used by ``generate`` unless told otherwise.
         upstream_rounding: once cast to bf16, round where upstream's model does: the frequencies of the rotary embedding
-            and the scores of attention, bit for bit. False keeps frequencies in fp32 and attention fused, which is
-            faster. It changes nothing in fp32, nor under autocast, which is how runs compute in bf16.
+            and the scores of attention. False keeps frequencies in fp32 and attention fused, which is faster. It
+            changes nothing in fp32, nor under autocast, which is how runs compute in bf16.
     """
 
     vocab_size: int = 64769
