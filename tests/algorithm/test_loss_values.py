@@ -25,7 +25,7 @@ def make(*events: int, **changes: Any) -> LossInput:
     logp = -1 + 0.3 * normal(3, 5, *events)
     made = LossInput(
         logp_BL=logp,
-        old_logp_BL=logp + 0.4 * normal(3, 5, *events, seed=1),
+        old_logp_BL=logp + 0.4 * normal(3, 5, *events, seed=4),
         advantage_B=torch.tensor([1.0, -2.0, 0.5], **DOUBLE),
         weight_BL=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5], **DOUBLE),
         step_of_token_L=STEPS,
