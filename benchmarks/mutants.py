@@ -106,7 +106,7 @@ def try_all(breaks: Sequence[Break], records: Records, workers: int, limit: floa
                 by = f" by {verdict.test}" if verdict.test else ""
                 print(f"{done}/{len(breaks)} {verdict.verdict}{by}, {verdict.seconds} s: {one.key}", flush=True)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

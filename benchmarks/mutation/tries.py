@@ -61,7 +61,7 @@ class Bench:
     """
 
     def __init__(self, root: Path, limit: float) -> None:
-        self.limit = limit
+        self.limit, self._asker = limit, os.getppid()
         self._folder = tempfile.TemporaryDirectory(prefix="mutants-")
         self.root = Path(self._folder.name)
         for name in COPIED:
@@ -131,6 +131,11 @@ class Bench:
         while time.perf_counter() < stop:
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 return True
+            if os.getppid() != self._asker:  # the command was killed: nobody waits for this any more
+                with suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+                self._folder.cleanup()
+                os._exit(1)
             time.sleep(0.02)
         return False
 
