@@ -65,7 +65,7 @@ def test_pictures_are_drawn_by_prompt_and_sample(policy: Inkling, asked: list[Pr
     sampling = Sampling(guidance=1.0, top_k=5)
     reader, seen = Reader(None), list[tuple[int, int]]()
     found = evaluate(
-        policy, asked[:3], sampling, reader, seed=5, batch=4, samples_per_prompt=2,
+        policy, tuple(asked[:3]), sampling, reader, seed=5, batch=4, samples_per_prompt=2,
         progress=lambda *at: seen.append(at),
     )  # fmt: skip
     rows = [prompt for prompt in asked[:3] for _ in range(2)]
