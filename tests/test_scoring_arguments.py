@@ -208,3 +208,20 @@ def test_numbers_are_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     double = Bits().double()
     assert log_probs(double, drawn.condition, drawn.actions).logp.dtype == torch.float64
+
+
+def test_nothing_is_truncated_where_nothing_is_to_be(
+    monkeypatch: pytest.MonkeyPatch, inkling: Inkling, branched: Rollout
+) -> None:
+    """Guidance and temperature alone leave every class, and make no mask of them."""
+
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("logits were filtered")
+
+    monkeypatch.setattr(scoring, "filter_logits", refused)
+    given = (inkling, branched.condition, branched.actions, range(2))
+    for sampling in (None, Sampling(), Sampling(guidance=1.0, temperature=0.5)):
+        assert log_probs(*given, guidance=sampling).logp.isfinite().all()
+    for sampling in (Sampling(top_k=3), Sampling(top_p=0.5)):
+        with pytest.raises(AssertionError, match="logits were filtered"):
+            log_probs(*given, guidance=sampling)
