@@ -134,8 +134,8 @@ def _draw_grid(logits: Tensor, sampling: Sampling, generator: Rows, logp: bool) 
         own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
         actions.append(draw(part, own))
         if logp:
-            chosen = part.log_softmax(-1).gather(-1, actions[-1].unsqueeze(-1)).squeeze(-1)
-            scored.append(chosen.flatten(2).sum(-1) if chosen.ndim > 2 else chosen)
+            chosen = part.log_softmax(-1).gather(-1, actions[-1].unsqueeze(-1))
+            scored.append(chosen.flatten(2).sum(-1))
     return torch.cat(actions), torch.cat(scored) if logp else None
 
 

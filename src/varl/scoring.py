@@ -141,7 +141,7 @@ def log_probs(
         shape = (*wanted.shape[:2], *joined.shape[1:])
         if where is None:
             return joined.view(shape)
-        return joined.new_zeros(shape).masked_scatter(_like(where, shape), joined)
+        return joined.new_zeros(shape).masked_scatter(where.view(*where.shape, *(1 for _ in shape[2:])), joined)
 
     if of is not None and keep is not None:
         of = of & keep
@@ -150,10 +150,6 @@ def log_probs(
         spread(entropies, keep if of is None else of) if entropy is not False else None,
         spread(kl, keep) if reference is not None else None,
     )
-
-
-def _like(keep: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return keep.view(*keep.shape, *(1 for _ in shape[2:])).expand(shape)
 
 
 def _per_token(values: Tensor) -> Tensor:

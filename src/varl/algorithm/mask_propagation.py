@@ -64,7 +64,8 @@ def rasterise(
         image_size: (height, width) of the picture in pixels.
         grid: (h, w) cells.
         mode: ``overlap``: 1 where a polygon covers more than a millionth of the cell. ``soft``: the covered
-            fraction, summed over polygons and cut at 1 (exact for polygons that do not overlap each other).
+            fraction, where it is more than a millionth, summed over polygons and cut at 1 (exact for polygons
+            that do not overlap each other).
         shape: ``box`` replaces every polygon by its axis-aligned bounding box.
         dilation: pixels by which a polygon grows to each side (the union of the squares of side 2 * dilation
             around its points); exact, except that ``soft`` underestimates a dilated *concave* polygon.
@@ -280,11 +281,10 @@ def _rasterise(
                     pieces.extend(_pieces(polygon, shape, dilation))
         if not pieces:
             continue
-        covered = _areas(pieces, scale, grid)
-        if len(polygon_starts) < len(pieces):
-            covered = np.maximum.reduceat(covered, polygon_starts, axis=0)
+        covered = np.maximum.reduceat(_areas(pieces, scale, grid), polygon_starts, axis=0)
+        covered[covered <= _SLIVER] = 0.0
         if mode == "overlap":
-            covered = (covered > _SLIVER).astype(np.float64)
+            covered = (covered > 0).astype(np.float64)
         owners, starts = np.unique(picture, return_index=True)
         out[owners] = np.minimum(np.add.reduceat(covered, starts, axis=0), 1.0)
     return out
@@ -314,7 +314,7 @@ def _areas(pieces: list[Array], scale: Array, grid: tuple[int, int]) -> Array:
         along = edge[:, axis : axis + 1]
         distance = np.arange(lines + 1) - start[:, axis : axis + 1]
         cuts.append(np.divide(distance, along, out=np.zeros_like(distance), where=along != 0))
-    t = np.sort(np.clip(np.concatenate(cuts, 1), 0, 1), axis=1)
+    t = np.sort(np.clip(np.concatenate(cuts, 1), 0, 1))
     x = start[:, :1] + t * edge[:, :1]
     y = np.clip(start[:, 1:] + t * edge[:, 1:], 0, h)
 

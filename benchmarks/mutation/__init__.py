@@ -1,0 +1,1 @@
+"""One-line breaks of the library, and whether the tests notice them; the command is ``benchmarks.mutants``."""
