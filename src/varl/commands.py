@@ -101,10 +101,8 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
         trainer.run(show)
     if not distributed.main:
         return
-    evaluated = trainer.folder.evaluated()
-    if len(evaluated) > 1:
-        first, last = (trainer.folder.result(update, trainer.held_out) for update in (evaluated[0], evaluated[-1]))
-        console.print(comparison_table(first, last))
+    if (pair := trainer.folder.before_after()) is not None:
+        console.print(comparison_table(*pair))
     picture = trainer.folder.path / "before_after.png"
     if picture.exists():
         console.print(f"before and after: {picture}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -320,12 +321,12 @@ class Trainer:
         self.folder.checkpoints.save(self.update, *state.collected(self), best)
 
     def _resume(self) -> None:
-        checkpoint = self.folder.checkpoints.latest()
+        checkpoint = self.folder.checkpoints.latest(partial(state.foreign, self))
         if checkpoint is not None:
             state.restore(self, checkpoint)
             logger.info("going on from update %d", self.update)
         if self.distributed.main:
-            self.folder.begin(self.update)
+            self.folder.begin(self.update, self.held_out)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,12 +16,33 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "replacing", "sync", "writing"]
+__all__ = ["FolderLock", "beside", "free_name", "replacing", "set_aside", "sync", "writing"]
 
 
 def beside(path: Path) -> Path:
     """Where what will be ``path`` is written first; its ending is kept, since formats go by it."""
     return path.with_name(f"partial.{path.name}")
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or with a number behind it if that is taken."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be used to ``path.damaged`` (``path.damaged-2``, ...), so that nothing is lost.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        RunError: if the folder cannot be written.
+    """
+    kept = free_name(path.with_name(f"{path.name}.damaged"))
+    with writing(kept):
+        path.rename(kept)
+    return kept
 
 
 def sync(path: Path) -> None:
