@@ -21,7 +21,7 @@ from varl.recipes import check_nulls, check_recipe, recipes_in
 
 __all__ = ["main"]
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,12 @@ def _one_voice(name: str, command: Command, words: Sequence[str]) -> Any:
         raise
 
 
+def _say(what: str, message: str) -> None:
+    """Print an error. What a file or name brings into it is shown, and steers no terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+    console.print(Text(what, "red"), Text(shown), soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -121,16 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(varl.__version__)
         return 0
     if name not in COMMANDS:
-        console.print(f"[red]error:[/] there is no command {name!r}; there are {', '.join(COMMANDS)}", soft_wrap=True)
+        _say("error:", f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
         return 2
     command = COMMANDS[name]
     try:
         return command.run(_one_voice(name, command, rest)) or 0
     except InputError as error:
-        console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+        _say("error:", str(error))
         return 2
     except RunError as error:
-        console.print("[red]stopped:[/]", Text(str(error)), soft_wrap=True)
+        _say("stopped:", str(error))
         return 1
     except Interrupted as stop:
         console.print("stopped, with a checkpoint; the same command goes on from there")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from varl.algorithm import KL, AdvantageKind, Count, Coverage, Empty, Estimator, Merge, Propagation, Ratio, RegionShape
-from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, need
+from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, expand, need, need_counts, need_seeds
 from varl.sampling import Sampling
 from varl.schedule import MiddleStep
 
@@ -76,6 +76,9 @@ class PolicyConfig:
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     adapters: str | None = None
 
+    def __post_init__(self) -> None:
+        expand(self, "weights", "adapters")
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -95,8 +98,8 @@ class PromptConfig:
     region_counts: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
-        need(self.count > 0, f"prompts.count must be positive, got {self.count}")
-        need(self.seed >= 0, f"prompts.seed must be 0 or more, got {self.seed}")
+        need_counts(self, "count", section="prompts.")
+        need_seeds(self, "seed", section="prompts.")
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ class Checkpoints:
         if self.rank == 0:
             for newer in self.paths():
                 if _update_of(newer) > found:
-                    logger.warning("%s is set aside as %s", newer, set_aside(newer).name)
+                    set_aside(newer)
             self._prune(manifest["best"])
         return Checkpoint(path, found, manifest["values"], self._group)
 

@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "free_name", "replacing", "set_aside", "sync", "writing"]
+__all__ = ["FolderLock", "beside", "check_writable", "free_name", "replacing", "set_aside", "sync", "writing"]
+
+RESUMED = "what was written before is whole, and once there is room the same command goes on from the last checkpoint"
 
 
 def beside(path: Path) -> Path:
@@ -54,9 +56,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: if it is a folder, or cannot be opened or made; the message names it and the reason.
+        FileNotFoundError: if there is no folder for it.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {path.name} into")
+    new = not path.exists()
+    try:
+        with path.open("xb" if new else "ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = RESUMED) -> Iterator[None]:
     """Around what writes a file.
+
+    Args:
+        remedy: what follows for the reader of an error.
 
     Raises:
         RunError: if it cannot be written (disk full, no permission, ...), naming the file and the reason.
@@ -65,10 +92,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(
-            f"{path} cannot be written: {reason}; what was written before is whole, and once there is room the same "
-            "command goes on from the last checkpoint"
-        ) from error
+        raise RunError(f"{path} cannot be written: {reason}; {remedy}") from error
 
 
 @contextmanager
