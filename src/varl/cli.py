@@ -17,7 +17,7 @@ from rich.text import Text
 
 from varl import commands
 from varl.errors import InputError, Interrupted, RunError, checking
-from varl.recipes import check_nulls, check_recipe, recipes_in
+from varl.recipes import check_nulls, check_recipe, check_words, recipes_in, split_recipes
 
 __all__ = ["main"]
 
@@ -68,6 +68,9 @@ def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
 
 def _read(name: str, command: Command, words: Sequence[str]) -> Any:
     parser = _parser(name, command)
+    if any(word.startswith("--reward.") for word in words):
+        # Options go to a mapping, which has the name as a key of its own.
+        words = [_named(word, after) for word, after in zip(words, [*words[1:], ""], strict=True)]
     with checking():
         for word in words:
             if deep := re.match(r"--policy\.config\.([^.=]+)\.", word):
@@ -77,11 +80,31 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
                 )
         for path in recipes_in(words):
             check_recipe(path)
+        check_words(words)
         values = parser.parse_args(words)
+        _own_reward(parser, words, values)
         check_nulls(command.config, values.as_dict())
         parsed = parser.instantiate(values)
         parsed.pop("config", None)
         return command.config(**vars(parsed))
+
+
+def _named(word: str, after: str) -> str:
+    """``--reward NAME`` as ``--reward.name NAME``."""
+    value = after if word == "--reward" else word.removeprefix("--reward=")
+    whole = not word.startswith("--reward") or word.startswith("--reward.") or value.lstrip().startswith("{")
+    return word if whole else word.replace("--reward", "--reward.name", 1)
+
+
+def _own_reward(parser: jsonargparse.ArgumentParser, words: Sequence[str], values: Any) -> None:
+    """Where words after a recipe name another reward than it does, drop the options that it gives to its own."""
+    recipe, own = split_recipes(words)
+    if not recipe or not any(re.match(r"--reward(\.name)?(=|$)", word) for word in own):
+        return
+    named, before = (parser.parse_args(some).reward for some in (own, recipe))
+    names = [reward.get("name") if isinstance(reward, dict) else reward for reward in (named, before)]
+    if names[0] != names[1]:
+        values.reward = named
 
 
 def _settings(name: str, command: Command, words: Sequence[str]) -> Any:

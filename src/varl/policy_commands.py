@@ -64,7 +64,8 @@ class GenerateConfig:
         expand(self, "out")
         need_counts(self, "count", "batch")
         need_seeds(self, "seed")
-        need(self.out.suffix.lower() == ".png", f"out must end in .png, for it is a PNG picture; got {self.out}")
+        fine = self.out.suffix.lower() == ".png" or self.out.is_dir()  # of a folder, check_writable says what it is
+        need(fine, f"out must end in .png, for it is a PNG picture; got {self.out}")
 
 
 LOWER = "draw fewer pictures at once: lower --batch"
@@ -203,6 +204,7 @@ def probe(config: ProbeConfig) -> None:
     """
     table, figure = config.out / "probe.json", config.out / "probe.png"
     with checking():
+        need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
         config.out.mkdir(parents=True, exist_ok=True)
         check_writable(table)
         check_writable(figure)

@@ -10,7 +10,16 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-__all__ = ["check_nulls", "check_recipe", "check_yaml", "read_yaml", "recipes_in"]
+__all__ = [
+    "check_nulls",
+    "check_recipe",
+    "check_words",
+    "check_yaml",
+    "parse_yaml",
+    "read_yaml",
+    "recipes_in",
+    "split_recipes",
+]
 
 DEEPEST = 32
 
@@ -20,6 +29,33 @@ def recipes_in(words: Sequence[str]) -> list[Path]:
     named = [after for word, after in pairwise(words) if word == "--config"]
     named += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(name) for name in named if not name.startswith("{")]
+
+
+def split_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that give recipes (``--config`` and what follows), and the others."""
+    recipes: list[str] = []
+    own: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_recipe = word == "--config" or word.startswith("--config=") or before == "--config"
+        (recipes if is_recipe else own).append(word)
+    return recipes, own
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse values of a command line, mappings and lists, as those of a recipe.
+
+    Raises:
+        ValueError: naming the word.
+    """
+    for word in words:
+        value = word.partition("=")[2] if word.startswith("--") else word
+        if value.lstrip()[:1] in ("{", "["):
+            try:
+                check_yaml(value)
+            except ValueError as error:
+                if isinstance(error.__cause__, yaml.YAMLError):
+                    continue  # a prompt may begin with a bracket
+                raise ValueError(f"{word[:80]}: {error}") from error
 
 
 def check_recipe(path: Path) -> None:
@@ -45,7 +81,15 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ValueError: as ``check_yaml``, or if it is not UTF-8.
     """
-    text = path.read_text(encoding="utf-8")
+    return parse_yaml(path.read_text(encoding="utf-8"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text that may come from anyone.
+
+    Raises:
+        ValueError: as ``check_yaml``.
+    """
     check_yaml(text)
     return yaml.safe_load(text)
 

@@ -95,7 +95,10 @@ LEFT: dict[str, tuple[Callable[[Path], None], str]] = {
         "a note of a checkpoint of update 3, metrics of 3 updates, 4 evaluations",
     ),
     "a run of a version without notes": (without("weights.safetensors", "progress.json"), "metrics of 3 updates"),
-    "a damaged note": (lambda run: (without()(run), (run / "progress.json").write_text("{"))[0], "metrics of 3 updates"),
+    "a damaged note": (
+        lambda run: (without()(run), (run / "progress.json").write_text("{"))[0],
+        "metrics of 3 updates",
+    ),
     "metrics": (only("metrics.jsonl"), "holds metrics of 3 updates, but no"),
     "metrics of a known run": (only("metrics.jsonl", "config.yaml"), "holds metrics of 3 updates, but no"),
     "evaluations": (only("evaluations"), "holds 4 evaluations, but no"),
@@ -123,9 +126,7 @@ def test_the_command_says_so_in_one_line(
 ) -> None:
     moved(config := make_config(copy))
     shutil.rmtree(copy / "run" / "checkpoints")
-    monkeypatch.setitem(
-        cli.COMMANDS, "train", replace(cli.COMMANDS["train"], run=lambda _: commands.train(config))
-    )
+    monkeypatch.setitem(cli.COMMANDS, "train", replace(cli.COMMANDS["train"], run=lambda _: commands.train(config)))
     assert cli.main(["train"]) == 2
     error = capsys.readouterr().err
     assert "but no checkpoint to go on from" in error
@@ -222,7 +223,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a cut record": ("evaluations/update-000003.json", lambda p: p.write_bytes(p.read_bytes()[:300])),
     "a record of something else": ("evaluations/update-000003.json", lambda p: p.write_text("[1]")),
     "an alarm that is none": ("evaluations/update-000003.json", lambda p: p.write_text('{"alarm": 3}')),
-    "a line of metrics": ("metrics.jsonl", lambda p: p.write_bytes(p.read_bytes().replace(b'{"kind', b'{"ki\xffnd', 1))),
+    "a line of metrics": (
+        "metrics.jsonl",
+        lambda p: p.write_bytes(p.read_bytes().replace(b'{"kind', b'{"ki\xffnd', 1)),
+    ),
     "micro-batches": ("micro_batches.json", lambda p: p.write_text("{")),
     "micro-batches of nothing": ("micro_batches.json", lambda p: p.write_text('{"prefix": 0, "suffix": "a"}')),
     "a note": ("progress.json", lambda p: p.write_text("")),

@@ -235,7 +235,9 @@ class Checkpoints:
                     if isinstance(reason, Foreign):
                         error = Foreign(f"{wrong[-1]}; give what it was made with, or choose another --run.out")
                     elif isinstance(error, RunError):
-                        error = RunError(f"none of the checkpoints in {self.folder} is whole ({'; '.join(wrong)}); {how}")
+                        error = RunError(
+                            f"none of the checkpoints in {self.folder} is whole ({'; '.join(wrong)}); {how}"
+                        )
             else:
                 found = NO_USE if wrong else NONE
         found = self._agreed(found)

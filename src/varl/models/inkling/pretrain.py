@@ -106,7 +106,9 @@ class PretrainConfig:
             need(asked <= most, f"model.{name} asks for {asked} components, but pictures {fits}: at most {most}")
         bounds = code_bounds(shape.codes, steps)
         fewest = min(after - before for before, after in pairwise(bounds))
-        need(fewest > 0, f"model.codes {shape.codes} are too few for {steps} grids, each of which takes some of its own")
+        need(
+            fewest > 0, f"model.codes {shape.codes} are too few for {steps} grids, each of which takes some of its own"
+        )
         need(shape.decoder > 1, f"model.decoder must be at least 2 channels, got {shape.decoder}")
 
 
@@ -196,6 +198,7 @@ def check_folder(config: PretrainConfig) -> dict[str, Any] | None:
             finished weights, which a new run would overwrite.
     """
     path, finished = config.out / CHECKPOINT, config.out / FINISHED
+    need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
     config.out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         need(
