@@ -106,7 +106,8 @@ def train(made: TrainConfig) -> dict[str, Any]:
         found["weights"] = load_file(made.run.out / "weights.safetensors")
         found["evaluations"] = [
             {"images": e.images, "rewards": torch.from_numpy(e.rewards)}
-            for e in (trainer.folder.result(u, trainer.held_out) for u in trainer.folder.evaluated())
+            for e in map(trainer.folder.result, trainer.folder.evaluated())
+            if e is not None
         ]
     return found
 

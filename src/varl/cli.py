@@ -17,11 +17,11 @@ from rich.text import Text
 
 from varl import commands
 from varl.errors import InputError, Interrupted, RunError, checking
-from varl.recipes import check_nulls, check_recipe, recipes_in
+from varl.recipes import check_nulls, check_recipe, check_words, recipes_in, split_recipes
 
 __all__ = ["main"]
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
 
 def _read(name: str, command: Command, words: Sequence[str]) -> Any:
     parser = _parser(name, command)
+    if any(word.startswith("--reward.") for word in words):
+        # Options go to a mapping, which has the name as a key of its own.
+        words = [_named(word, after) for word, after in zip(words, [*words[1:], ""], strict=True)]
     with checking():
         for word in words:
             if deep := re.match(r"--policy\.config\.([^.=]+)\.", word):
@@ -77,11 +80,31 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
                 )
         for path in recipes_in(words):
             check_recipe(path)
+        check_words(words)
         values = parser.parse_args(words)
+        _own_reward(parser, words, values)
         check_nulls(command.config, values.as_dict())
         parsed = parser.instantiate(values)
         parsed.pop("config", None)
         return command.config(**vars(parsed))
+
+
+def _named(word: str, after: str) -> str:
+    """``--reward NAME`` as ``--reward.name NAME``."""
+    value = after if word == "--reward" else word.removeprefix("--reward=")
+    whole = not word.startswith("--reward") or word.startswith("--reward.") or value.lstrip().startswith("{")
+    return word if whole else word.replace("--reward", "--reward.name", 1)
+
+
+def _own_reward(parser: jsonargparse.ArgumentParser, words: Sequence[str], values: Any) -> None:
+    """Where words after a recipe name another reward than it does, drop the options that it gives to its own."""
+    recipe, own = split_recipes(words)
+    if not recipe or not any(re.match(r"--reward(\.name)?(=|$)", word) for word in own):
+        return
+    named, before = (parser.parse_args(some).reward for some in (own, recipe))
+    names = [reward.get("name") if isinstance(reward, dict) else reward for reward in (named, before)]
+    if names[0] != names[1]:
+        values.reward = named
 
 
 def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
@@ -108,6 +131,12 @@ def _one_voice(name: str, command: Command, words: Sequence[str]) -> Any:
         raise
 
 
+def _say(what: str, message: str) -> None:
+    """Print an error. What a file or name brings into it is shown, and steers no terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+    console.print(Text(what, "red"), Text(shown), soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a failed check or run, 2 for bad input, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -121,16 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(varl.__version__)
         return 0
     if name not in COMMANDS:
-        console.print(f"[red]error:[/] there is no command {name!r}; there are {', '.join(COMMANDS)}", soft_wrap=True)
+        _say("error:", f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
         return 2
     command = COMMANDS[name]
     try:
         return command.run(_one_voice(name, command, rest)) or 0
     except InputError as error:
-        console.print("[red]error:[/]", Text(str(error)), soft_wrap=True)
+        _say("error:", str(error))
         return 2
     except RunError as error:
-        console.print("[red]stopped:[/]", Text(str(error)), soft_wrap=True)
+        _say("stopped:", str(error))
         return 1
     except Interrupted as stop:
         console.print("stopped, with a checkpoint; the same command goes on from there")

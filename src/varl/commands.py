@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from varl.config import TrainConfig
 from varl.console import console, progress_bar
 from varl.distributed import Distributed
-from varl.errors import checking
+from varl.errors import checking, naming_memory
 from varl.evaluation.held_out import comparison_table
 from varl.loading import choose_device
 from varl.models.inkling.checkpoint import save as save_inkling
-from varl.models.inkling.pretrain import PretrainConfig
+from varl.models.inkling.pretrain import FINISHED, PretrainConfig, check_folder
 from varl.models.inkling.pretrain import pretrain as pretrain_inkling
 from varl.plan import estimate
 from varl.policy_commands import (
@@ -28,7 +30,9 @@ from varl.policy_commands import (
     generate,
     probe,
 )
+from varl.run.files import check_writable, writing
 from varl.run.folder import plain
+from varl.run_config import need
 from varl.trainer import Trainer
 
 __all__ = [
@@ -85,8 +89,8 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
     with checking():
         trainer = Trainer(config, distributed)
     total = config.run.updates
-    about = f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}"
-    console.print(about, soft_wrap=True)
+    about = f": {trainer.schedule.describe()}; run folder {config.run.out}"
+    console.print(Text.assemble((config.policy.family, "bold"), about), soft_wrap=True)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=total, completed=trainer.update, note="")
 
@@ -95,16 +99,14 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
             shown = {k: v for k, v in parts.items() if k in ("score", "word_accuracy") and v is not None}
             note = "  ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in shown.items())
             if record["dropped_groups"]:
-                note += f"  [red]dropped {record['dropped_groups']:.0%} of groups[/]"
+                note += f"  dropped {record['dropped_groups']:.0%} of groups"
             bar.update(task, completed=record["update"], description=f"{record['kind']:>6}", note=note)
 
         trainer.run(show)
     if not distributed.main:
         return
-    evaluated = trainer.folder.evaluated()
-    if len(evaluated) > 1:
-        first, last = (trainer.folder.result(update, trainer.held_out) for update in (evaluated[0], evaluated[-1]))
-        console.print(comparison_table(first, last))
+    if (pair := trainer.folder.before_after()) is not None:
+        console.print(comparison_table(*pair))
     picture = trainer.folder.path / "before_after.png"
     if picture.exists():
         console.print(f"before and after: {picture}")
@@ -125,8 +127,7 @@ class PlanConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gpu_memory > 0:
-            raise ValueError(f"gpu_memory must be positive, got {self.gpu_memory}")
+        need(0 < self.gpu_memory < math.inf, f"gpu_memory must be positive and finite, got {self.gpu_memory}")
 
 
 REMEDIES = {
@@ -173,6 +174,10 @@ def pretrain(config: PretrainConfig) -> None:
 
     The same command goes on with a run that was stopped. The finished weights are written to the run folder as fp16.
     """
+    with checking():
+        config = replace(config, device=str(choose_device(config.device)))
+        check_folder(config)
+        check_writable(config.out / FINISHED)
     with progress_bar() as bar:
         tasks: dict[str, Any] = {}
 
@@ -181,9 +186,9 @@ def pretrain(config: PretrainConfig) -> None:
                 tasks[stage] = bar.add_task(stage, total=steps, note="")
             bar.update(tasks[stage], completed=step, note=f"loss {loss:.4f}")
 
-        with checking():
-            choose_device(config.device)
-        policy = pretrain_inkling(config, show)
-    path = config.out / "inkling.safetensors"
-    save_inkling(policy, path, torch.float16)
+        with naming_memory("draw fewer pictures a step: lower --tokenizer.batch and --transformer.batch"):
+            policy = pretrain_inkling(config, show)
+    path = config.out / FINISHED
+    with writing(path):
+        save_inkling(policy, path, torch.float16)
     console.print(f"weights: {path}")

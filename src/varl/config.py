@@ -20,7 +20,7 @@ from varl.algorithm import (
     RegionShape,
 )
 from varl.effects import Rule, refuse_idle
-from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, need
+from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, expand, need, need_counts, need_seeds
 from varl.sampling import Sampling
 from varl.schedule import MiddleStep
 
@@ -90,6 +90,9 @@ class PolicyConfig:
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     adapters: str | None = None
 
+    def __post_init__(self) -> None:
+        expand(self, "weights", "adapters")
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -109,8 +112,8 @@ class PromptConfig:
     region_counts: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
-        need(self.count > 0, f"prompts.count must be positive, got {self.count}")
-        need(self.seed >= 0, f"prompts.seed must be 0 or more, got {self.seed}")
+        need_counts(self, "count", section="prompts.")
+        need_seeds(self, "seed", section="prompts.")
 
 
 @dataclass(frozen=True)

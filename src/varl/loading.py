@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import cast
 
@@ -49,12 +50,17 @@ def choose_device(name: str) -> torch.device:
     """``auto`` is a GPU if there is one.
 
     Raises:
-        ValueError: if ``cuda`` is asked for and there is none.
+        ValueError: if it is none of ``auto``, ``cpu``, ``cuda`` and ``cuda:0`` with the number of a GPU that is there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if number is None:
+        raise ValueError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:0")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {name}, but torch sees no GPU; use auto or cpu")
+        raise ValueError(f"the device is {name}, but torch sees no GPU; use auto or cpu")
+    if int(number[1] or 0) >= max(torch.cuda.device_count(), 1):
+        raise ValueError(f"the device is {name}, but there are only {torch.cuda.device_count()} GPUs, from cuda:0 on")
     return torch.device(name)
 
 

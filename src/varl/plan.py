@@ -211,13 +211,17 @@ def estimate(config: TrainConfig) -> Estimate:
     """The memory that a recipe's run will take.
 
     Raises:
-        ValueError: if the recipe names no policy, size, middle step or layers that there are.
+        ValueError: if the recipe names no policy, size, middle step or layers that there are, or a family of which it
+            is not known what its blocks save.
         FileNotFoundError: if its adapters are not there, and ``policy.lora`` does not say either what they are.
     """
     if config.policy.adapters and (Path(config.policy.adapters).is_file() or not config.policy.lora.rank):
         config = replace(config, policy=with_adapters(config.policy))
     with torch.device("meta"):
         policy = load_policy(config.policy.family, config.policy.config, "random")
+    if policy.family not in SAVED:
+        known = ", ".join(SAVED)
+        raise ValueError(f"the memory of {policy.family} cannot be planned: varl plan knows {known} (varl.plan.SAVED)")
     schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
     half = config.policy.precision == "bfloat16"
     shape, lora = shape_of(policy, schedule, half), config.policy.lora

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from varl.config import PolicyConfig
 from varl.console import console, progress_bar
 from varl.doctor import check_enough, check_policy, check_reader
-from varl.errors import checking
+from varl.errors import checking, naming_memory
 from varl.evaluation.held_out import evaluate as evaluate_policy
 from varl.loading import autocast, choose_device, prepare
 from varl.policy import Policy, Prompt
@@ -21,7 +22,9 @@ from varl.probe import probe as probe_policy
 from varl.prompts import check_prompts, quoted_words, resolve_prompts
 from varl.rewards import load_reward
 from varl.rollout import rollout, row_generators
+from varl.run.files import check_writable, writing
 from varl.run.gallery import save_pictures
+from varl.run_config import expand, need, need_counts, need_seeds
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 
@@ -58,12 +61,14 @@ class GenerateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_batch(self.batch)
+        expand(self, "out")
+        need_counts(self, "count", "batch")
+        need_seeds(self, "seed")
+        fine = self.out.suffix.lower() == ".png" or self.out.is_dir()  # of a folder, check_writable says what it is
+        need(fine, f"out must end in .png, for it is a PNG picture; got {self.out}")
 
 
-def _check_batch(batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1 picture, got {batch}")
+LOWER = "draw fewer pictures at once: lower --batch"
 
 
 def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, torch.autocast]:
@@ -78,18 +83,18 @@ def generate(config: GenerateConfig) -> None:
     with checking():
         texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
         prompts = [Prompt(text, quoted_words(text)) for text in texts]
+        check_writable(config.out)
         prompts = prompts or resolve_prompts(config.source, count=config.count)[: config.count]
         policy, schedule, precision = _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
-        if not config.out.resolve().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {config.out.resolve().parent} to write {config.out.name} into")
     generators, pictures = row_generators((config.seed,), len(prompts)), []
-    with precision:
+    with naming_memory(LOWER), precision:
         for first in range(0, len(prompts), config.batch):
             rows = slice(first, first + config.batch)
             drawn = rollout(policy, policy.condition(prompts[rows], schedule), config.sampling, generators[rows])
             pictures.append(policy.decode(drawn.actions, schedule).float().cpu())
-    save_pictures(config.out, prompts, torch.cat(pictures))
+    with writing(config.out, "the pictures are lost; draw them again"):
+        save_pictures(config.out, prompts, torch.cat(pictures))
     console.print(f"{len(prompts)} pictures: {config.out}")
 
 
@@ -123,16 +128,20 @@ class EvaluateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_batch(self.batch)
+        expand(self, "out")
+        need_counts(self, "count", "batch")
+        need_seeds(self, "seed", "prompt_seed")
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Score a policy on held-out prompts: word accuracy, NED and reward, each with a 95% interval."""
     with checking():
+        if config.out is not None:
+            check_writable(config.out)
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
-    with progress_bar() as bar:
+    with naming_memory(LOWER), progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
         result = evaluate_policy(
             policy,
@@ -147,7 +156,8 @@ def evaluate(config: EvaluateConfig) -> None:
         )
     console.print(result.table())
     if config.out is not None:
-        config.out.write_text(json.dumps(result.to_dict(), indent=1))
+        with writing(config.out, "the result is what is printed above"):
+            config.out.write_text(json.dumps(result.to_dict(), indent=1))
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,9 @@ class ProbeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_batch(self.batch)
+        expand(self, "out")
+        need_counts(self, "count", "prefixes", "continuations", "batch")
+        need_seeds(self, "seed")
 
 
 def probe(config: ProbeConfig) -> None:
@@ -190,13 +202,17 @@ def probe(config: ProbeConfig) -> None:
     For each step: the share of the within-prompt variance of the reward that lies between states at that step, by
     nested draws that fork the caches, and the entropy of its tokens.
     """
+    table, figure = config.out / "probe.json", config.out / "probe.png"
     with checking():
+        need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
+        config.out.mkdir(parents=True, exist_ok=True)
+        check_writable(table)
+        check_writable(figure)
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
         check_counts(len(prompts), config.prefixes, config.continuations)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
-        config.out.mkdir(parents=True, exist_ok=True)
-    with progress_bar() as bar, precision:
+    with naming_memory(LOWER), progress_bar() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
         result = probe_policy(
             policy,
@@ -214,9 +230,10 @@ def probe(config: ProbeConfig) -> None:
     m, n = result.suggestion()
     suggestion = f"suggestion: --method.middle {m} --method.prefix_updates {n} --method.suffix_updates 1"
     console.print(suggestion, soft_wrap=True)
-    (config.out / "probe.json").write_text(json.dumps(result.to_dict(), indent=1))
-    result.plot(config.out / "probe.png")
-    console.print(f"figure: {config.out / 'probe.png'}")
+    with writing(table, "the result is what is printed above"):
+        table.write_text(json.dumps(result.to_dict(), indent=1))
+        result.plot(figure)
+    console.print(f"figure: {figure}")
 
 
 @dataclass(frozen=True)
@@ -245,7 +262,7 @@ def doctor(config: DoctorConfig) -> int:
         check_prompts(policy, prompts, schedule)
     failed = 0
     for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
-        mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"
-        console.print(f"{mark} {check.name}: {check.found}")
+        mark = Text("ok  ", "green") if check.fine else Text("FAIL", "red")
+        console.print(mark, f"{check.name}: {check.found}")
         failed += not check.fine
     return 1 if failed else 0

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from varl.effects import refuse_idle
 from varl.sampling import Sampling
 
-__all__ = ["EvaluationConfig", "ParallelConfig", "RunConfig", "need"]
+__all__ = ["EvaluationConfig", "ParallelConfig", "RunConfig", "expand", "need", "need_counts", "need_seeds"]
+
+LARGEST_SEED, LARGEST_COUNT = 2**63 - 1, 10**6
+LONGEST_S = 1e7
+"""Of a wait for other processes."""
+MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
+"""Threads that may be asked for: a process cannot start any number, and dies of it."""
 
 
 def need(fine: bool, message: str) -> None:
@@ -21,6 +27,43 @@ def need(fine: bool, message: str) -> None:
     """
     if not fine:
         raise ValueError(message)
+
+
+def need_seeds(config: Any, *names: str, section: str = "") -> None:
+    """Refuse seeds that generators do not take: they go from 0 to 2^63 - 1.
+
+    Args:
+        names: of fields of ``config``.
+        section: stands before the names in messages: ``run.``.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        need(0 <= value <= LARGEST_SEED, f"{section}{name} must be from 0 to {LARGEST_SEED}, got {value}")
+
+
+def need_counts(config: Any, *names: str, section: str = "") -> None:
+    """Refuse counts of prompts or pictures beyond 1 to 1,000,000; the arguments are those of ``need_seeds``.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        need(1 <= value <= LARGEST_COUNT, f"{section}{name} must be from 1 to {LARGEST_COUNT}, got {value}")
+
+
+def expand(config: Any, *names: str) -> None:
+    """Set fields of a frozen configuration that are paths, or mappings of them, to those that ``~`` stands for."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, dict):
+            value = {key: os.path.expanduser(path) if isinstance(path, str) else path for key, path in value.items()}
+        elif isinstance(value, str | Path):
+            value = type(value)(os.path.expanduser(value))
+        object.__setattr__(config, name, value)
 
 
 @dataclass(frozen=True)
@@ -51,11 +94,11 @@ class EvaluationConfig:
     alarm_stops: bool = False
 
     def __post_init__(self) -> None:
-        need(self.count > 0, f"evaluation.count must be positive, got {self.count}")
+        need_counts(self, "count", section="evaluation.")
+        need_seeds(self, "seed", "prompt_seed", section="evaluation.")
         window = self.alarm_window
         need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
-        for name in ("seed", "prompt_seed", "every"):
-            need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
+        need(self.every >= 0, f"evaluation.every must be 0 or more, got {self.every}")
         others = ("source", "count", "prompt_seed", "seed", "sampling", "every", "alarm_window", "alarm_stops")
         generated = self.source.startswith("inkling:")
         refuse_idle(
@@ -91,7 +134,8 @@ class ParallelConfig:
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        need(0 < self.timeout < math.inf, f"parallel.timeout must be positive and finite, got {self.timeout}")
+        fine = 0 < self.timeout <= LONGEST_S
+        need(fine, f"parallel.timeout must be positive, and at most {LONGEST_S:g} seconds, got {self.timeout}")
         for name, off in (("param_dtype", "float32"), ("cpu_offload", False)):
             value = getattr(self, name)
             need(self.mode == "fsdp2" or value == off, f"parallel.{name} {value} needs parallel.mode fsdp2")
@@ -142,6 +186,8 @@ class RunConfig:
     diagnose_every: int = 20
 
     def __post_init__(self) -> None:
+        expand(self, "out")
+        need_seeds(self, "seed", section="run.")
         need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
         for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
             value = getattr(self, name)
@@ -149,7 +195,8 @@ class RunConfig:
         share = self.max_failed_share
         need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
         refuse_idle("run", self, [(share == 1, "with run.max_failed_share 1", ("failure_window",))])
-        for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
+        need(self.threads <= MOST_THREADS, f"run.threads must be at most {MOST_THREADS}, got {self.threads}")
+        for name in ("threads", "rollout_batch", "gallery_every", "diagnose_every"):
             need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
 from varl.ending import OUTLIVED_S
+from varl.errors import naming_memory
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
 from varl.loading import autocast, choose_device, frozen_copy, prepare
@@ -42,6 +44,13 @@ __all__ = ["Trainer"]
 logger = logging.getLogger(__name__)
 
 
+ANEW = "a run of other settings needs another --run.out"
+LOWER = {
+    "rollout": f"draw fewer pictures at once: lower run.rollout_batch (0 draws all of an update at once); {ANEW}",
+    "decode": f"decode fewer pictures at once: lower run.micro_batch; {ANEW}",
+    "update": f"learn from fewer sequences at once: lower run.micro_batch, or set policy.checkpointing; {ANEW}",
+}
+"""What to do where memory runs out, by stage; ``update`` is every other one."""
 OVERLAPPING = 4
 """Parts that an update's pictures are drawn in so that scoring them can overlap."""
 
@@ -148,7 +157,8 @@ class Trainer:
         """Time a stage of the step by name; stages inside it count for themselves."""
         faults.point(name)
         outer, self._inside, start = self._inside, 0.0, time.perf_counter()
-        yield
+        with naming_memory(LOWER.get(name, LOWER["update"])):
+            yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         spent = time.perf_counter() - start
@@ -292,8 +302,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Evaluate on the held-out prompts and note the result in the run folder."""
         faults.point("evaluation")
+        lower = naming_memory(LOWER["decode"])
         own = state.own_generators(self.config.evaluation.seed)
-        with self._averaged(), self.distributed.gathered(self.policy), own:
+        with lower, self._averaged(), self.distributed.gathered(self.policy), own:
             result = evaluate(
                 self.policy,
                 self.held_out,
@@ -328,12 +339,12 @@ class Trainer:
         self.folder.checkpoints.save(self.update, *state.collected(self), best)
 
     def _resume(self) -> None:
-        checkpoint = self.folder.checkpoints.latest()
+        checkpoint = self.folder.checkpoints.latest(partial(state.foreign, self))
         if checkpoint is not None:
             state.restore(self, checkpoint)
             logger.info("going on from update %d", self.update)
         if self.distributed.main:
-            self.folder.begin(self.update)
+            self.folder.begin(self.update, self.held_out)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""

@@ -23,7 +23,7 @@ from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, PromptConf
 from varl.errors import RunError
 from varl.models import load_policy
 from varl.models.inkling import InklingConfig, save
-from varl.run import environment, faults
+from varl.run import faults
 from varl.trainer import Trainer
 
 
@@ -218,22 +218,3 @@ def test_a_start_notes_what_it_was_made_with(
     assert first["hardware"]["cores"] == os.cpu_count()
     assert first["hardware"]["cpu"]
     assert f"varl was {first['versions']['varl']}, is 99.0" in caplog.text
-
-
-def test_the_state_of_the_code(tmp_path: Path) -> None:
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    assert environment._git(tmp_path, ".") is None
-    (tmp_path / "file").write_text("1")
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], check=True)
-    environment._git.cache_clear()
-    found = environment._git(tmp_path, "file")
-    assert found is not None
-    assert len(found["commit"]) == 40
-    assert found["dirty"] is False
-    (tmp_path / "file").write_text("2")
-    environment._git.cache_clear()
-    assert environment._git(tmp_path, "file") == found | {"dirty": True}
-    assert environment._git(tmp_path, "other") is None

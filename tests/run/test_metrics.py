@@ -93,12 +93,33 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["{", "[1]", '{"a": 1}'])
-def test_a_broken_line_elsewhere_is_an_error(tmp_path, bad):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"update": 1}}\n{bad}\n{{"update": 3}}\n')
+def test_a_broken_line_elsewhere_is_an_error_to_readers_and_kept_by_writers(tmp_path, caplog, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(broken := f'{{"update": 1}}\n{bad}\n{{"update": 3}}\n')
     with pytest.raises(ValueError, match="line 2 cannot be read"):
         read_metrics(tmp_path)
-    with pytest.raises(ValueError, match="line 2 cannot be read"):
-        MetricsWriter(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        writer = MetricsWriter(tmp_path, tensorboard=False)
+    assert "metrics.jsonl, line 2 cannot be read" in caplog.text
+    assert "the file is kept as metrics.jsonl.damaged" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == broken
+    writer.write({"update": 4})
+    assert [line["update"] for line in read_metrics(tmp_path)] == [1, 3, 4]
+    path.write_text('{"update": 2}\n{"update": 1}\n{"update": 3}\n')
+    assert MetricsWriter(tmp_path, tensorboard=False).last_update == 3
+    assert [line["update"] for line in read_metrics(tmp_path)] == [2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged-2").exists()
+
+
+def test_missing_lines_are_named(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for update in (1, 2, 5):
+        writer.write(record(update))
+    with caplog.at_level(logging.WARNING):
+        writer.truncate_after(2)
+        assert not caplog.messages
+        writer.truncate_after(6)
+    assert "metrics.jsonl lacks 4 of the 6 updates so far, the first of them 3" in caplog.text
 
 
 def test_refusals_write_nothing(tmp_path):

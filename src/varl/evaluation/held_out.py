@@ -22,7 +22,7 @@ from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 
-__all__ = ["Estimate", "Evaluation", "comparison_table", "evaluate", "paired_difference"]
+__all__ = ["Estimate", "Evaluation", "asked", "comparison_table", "evaluate", "paired_difference"]
 
 RESAMPLES = 2000
 METRICS = {"word_accuracy": "word accuracy", "ned": "NED", "reward": "reward"}
@@ -256,7 +256,7 @@ def paired_difference(before: Evaluation, after: Evaluation, metric: str = "word
         ValueError: if the evaluations are of different prompts, no prompt was scored in both, or one has no such
             metric.
     """
-    mine, theirs = ([(p.text, p.words, p.label) for p in e.prompts] for e in (before, after))
+    mine, theirs = asked(before.prompts), asked(after.prompts)
     if mine != theirs:
         raise ValueError(
             f"evaluations can be compared on the same prompts in the same order only; these have {len(mine)} and "
@@ -286,6 +286,11 @@ def comparison_table(before: Evaluation, after: Evaluation) -> Table:
             change = f"{d.value:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
             table.add_row(METRICS[name], str(before.estimate(name)), str(after.estimate(name)), change)
     return table
+
+
+def asked(prompts: Sequence[Prompt]) -> list[tuple[str, tuple[str, ...], int | None]]:
+    """What prompts ask for: by this, evaluations are of the same prompts or not."""
+    return [(prompt.text, prompt.words, prompt.label) for prompt in prompts]
 
 
 def _wanted(prompt: Prompt) -> int:

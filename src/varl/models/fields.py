@@ -8,7 +8,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
+from varl.recipes import parse_yaml
 
 __all__ = ["fill"]
 
@@ -38,7 +38,7 @@ def fill(kind: type[T], given: Mapping[str, Any] | T | None, what: str) -> T:
     for name, value in values.items():
         try:
             values[name] = _read(hints[name], value)
-        except (TypeError, ValueError, yaml.YAMLError) as error:
+        except (TypeError, ValueError) as error:
             right = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else str(hints[name])
             raise ValueError(f"{what}: {name} must be {right}, got {value!r}") from error
     try:
@@ -60,7 +60,7 @@ def _read(hint: Any, value: Any) -> Any:
                 continue
         raise TypeError
     if isinstance(value, str) and hint is not str:
-        value = float(value) if hint is float else yaml.safe_load(value)
+        value = float(value) if hint is float else parse_yaml(value)
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 import varl
 from varl.errors import RunError
 from varl.run import faults
-from varl.run.files import beside, sync, writing
+from varl.run.files import beside, set_aside, sync, writing
 
 try:
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -39,18 +39,22 @@ except ImportError as error:
         f"checkpoints need torch 2.9 or newer, this is {torch.__version__}: pip install -U torch"
     ) from error
 
-__all__ = ["Checkpoint", "Checkpoints", "Damaged", "read_manifest"]
+__all__ = ["Checkpoint", "Checkpoints", "Damaged", "Foreign", "read_manifest"]
 
 logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-NONE, ALL_DAMAGED = -1, -2
+NONE, NO_USE = -1, -2
 
 
 class Damaged(ValueError):
     """A checkpoint is torn or was altered; the message says in what."""
+
+
+class Foreign(ValueError):
+    """A checkpoint is whole, but of another run; the message says how that shows."""
 
 
 def read_manifest(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
@@ -144,10 +148,11 @@ class Checkpoints:
     Args:
         folder: made when the first one is saved.
         keep: how many of the newest to keep.
+        finished: called with the update of every checkpoint that is whole on the disk, by the process that wrote it.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, finished: Callable[[int], None] = lambda update: None) -> None:
+        self.folder, self.keep, self.finished = folder, keep, finished
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         # The thread's own group: its collectives must not meet those of the training.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -158,7 +163,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first, whole or not."""
-        found = (path for path in self.folder.glob("update-*") if path.name.removeprefix("update-").isdigit())
+        found = (path for path in self.folder.glob("update-*") if path.name.removeprefix("update-").isdecimal())
         return sorted(found, key=_update_of)
 
     def save(self, update: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], best: int | None) -> None:
@@ -205,30 +210,39 @@ class Checkpoints:
             logger.error("%s", error)
         self._pending = None
 
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none. Newer ones that are damaged are named in the log and
-        set aside as ``update-000040.damaged``.
+    def latest(self, foreign: Callable[[dict[str, Any]], str] = lambda values: "") -> Checkpoint | None:
+        """The newest whole checkpoint of this run, or None if there is none. Newer ones that are damaged, or of another
+        run, are named in the log and set aside as ``update-000040.damaged``.
+
+        Args:
+            foreign: why a checkpoint with such values is of another run; empty if it is of this one.
 
         Raises:
             RunError: if there are checkpoints but none is whole.
+            Foreign: if there are whole ones, but all of another run.
         """
-        found, damaged = NONE, []
+        found, wrong = NONE, list[str]()
+        error: RunError | Foreign = RunError(f"none of the checkpoints in {self.folder} can be used: see process 0")
         if self.rank == 0:
             for path in reversed(self.paths()):
                 try:
-                    found = read_manifest(path)["update"]
+                    found = _usable(path, foreign)
                     break
-                except Damaged as error:
-                    damaged.append(f"checkpoint {path}: {error}")
-                    logger.warning("%s; trying the one before", damaged[-1])
+                except (Damaged, Foreign) as reason:
+                    wrong.append(f"checkpoint {path}: {reason}")
+                    logger.warning("%s; trying the one before", wrong[-1])
+                    how = "put one back, or move the folder away to begin again"
+                    if isinstance(reason, Foreign):
+                        error = Foreign(f"{wrong[-1]}; give what it was made with, or choose another --run.out")
+                    elif isinstance(error, RunError):
+                        error = RunError(
+                            f"none of the checkpoints in {self.folder} is whole ({'; '.join(wrong)}); {how}"
+                        )
             else:
-                found = ALL_DAMAGED if damaged else NONE
+                found = NO_USE if wrong else NONE
         found = self._agreed(found)
-        if found == ALL_DAMAGED:
-            raise RunError(
-                f"none of the checkpoints in {self.folder} is whole ({'; '.join(damaged) or 'see the first process'}); "
-                "put one back, or move the folder away to begin again"
-            )
+        if found == NO_USE:
+            raise error
         if found == NONE:
             return None
         self._newest = found
@@ -237,8 +251,7 @@ class Checkpoints:
         if self.rank == 0:
             for newer in self.paths():
                 if _update_of(newer) > found:
-                    _remove(newer.with_name(f"{newer.name}.damaged"))
-                    newer.rename(newer.with_name(f"{newer.name}.damaged"))
+                    set_aside(newer)
             self._prune(manifest["best"])
         return Checkpoint(path, found, manifest["values"], self._group)
 
@@ -290,6 +303,7 @@ class Checkpoints:
         os.replace(partial, path)
         sync(self.folder)
         faults.point("checkpoint renamed")
+        self.finished(update)
         self._prune(best)
 
     def _prune(self, best: int | None) -> None:
@@ -313,6 +327,20 @@ class Checkpoints:
         if self._group is not None:
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return bool(shared)
+
+
+def _usable(path: Path, foreign: Callable[[dict[str, Any]], str]) -> int:
+    """The update of a checkpoint that is whole and of this run.
+
+    Raises:
+        Damaged, Foreign: if it is not.
+    """
+    manifest = read_manifest(path)
+    if manifest["update"] != _update_of(path):
+        raise Damaged(f"it is of update {manifest['update']}, and was renamed")
+    if reason := foreign(manifest["values"]):
+        raise Foreign(f"it is of another run: {reason}")
+    return manifest["update"]
 
 
 def _update_of(path: Path) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -64,14 +66,54 @@ def _cpu() -> str:
 
 @lru_cache
 def _git(folder: Path, tracked: str) -> dict[str, Any] | None:
-    """Commit of the repository a folder belongs to, and whether files differ from it; None if git tracks it not."""
+    """Commit of the repository a folder belongs to, and whether files differ from it; None if git does not track it.
 
-    def ask(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
+    Git executes what a repository's configuration names (fsmonitor, filters, hooks, helpers of submodules), so only
+    the commit is asked of the repository itself, which executes nothing. Its files are compared under an empty
+    configuration: one of our own, with the repository's index and objects. ``dirty`` is None where that fails.
+    """
+    paths = ("index", "objects", "info/exclude")
     try:
-        ask("ls-files", "--error-unmatch", tracked)
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
+        found = _ask(folder, "rev-parse", "HEAD", "--show-toplevel", *(w for p in paths for w in ("--git-path", p)))
+        commit, top, *there = found.splitlines()
+        index, objects, excluded = ((folder / path).resolve() for path in there)
+        with tempfile.TemporaryDirectory() as own:
+            _empty_repository(Path(own), commit, index, objects)
+            place = {"GIT_DIR": own, "GIT_WORK_TREE": top, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+            if not _ask(folder, "ls-files", "--", tracked, **place):
+                return None
+            status = ("-c", f"core.excludesFile={excluded}", "status", "--porcelain", "--ignore-submodules=all")
+            try:
+                dirty = bool(_ask(folder, *status, **place))
+            except (OSError, subprocess.SubprocessError):
+                return {"commit": commit, "dirty": None}
+            return {"commit": commit, "dirty": dirty}
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+def _empty_repository(own: Path, commit: str, index: Path, objects: Path) -> None:
+    """A repository at a commit, with another's index and objects and nothing else of it."""
+    (own / "refs").mkdir()
+    (own / "objects" / "info").mkdir(parents=True)
+    (own / "objects" / "info" / "alternates").write_text(f"{objects}\n")
+    (own / "HEAD").write_text(f"{commit}\n")
+    kind = "sha256" if len(commit) == 64 else "sha1"
+    (own / "config").write_text(f"[core]\nrepositoryformatversion = 1\n[extensions]\nobjectFormat = {kind}\n")
+    shutil.copy2(index, own / "index")  # with its time, by which git sees which files changed after it
+
+
+def _ask(folder: Path, *words: str, **variables: str) -> str:
+    """What git says; of the variables that steer it, only those given."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    always = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", *words]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=10,
+        check=True,
+        env=kept | always | variables,
+    ).stdout.strip()

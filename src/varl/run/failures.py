@@ -55,7 +55,7 @@ class FailureWindow:
         if not self.shares or self._failed() <= self.allowed * len(self.shares):
             return None
         return RunError(
-            f"the run has reached its last update, but in the last {len(self.shares)} updates {self._what()}, more than "
+            f"the run reached its last update, but in the last {len(self.shares)} updates {self._what()}, more than "
             f"run.max_failed_share allows ({self.allowed:.0%}). {self._cause()}; the weights are written, and are "
             "those of the updates that succeeded"
         )

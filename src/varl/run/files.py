@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,12 +16,35 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "replacing", "sync", "writing"]
+__all__ = ["FolderLock", "beside", "check_writable", "free_name", "replacing", "set_aside", "sync", "writing"]
+
+RESUMED = "what was written before is whole, and once there is room the same command goes on from the last checkpoint"
 
 
 def beside(path: Path) -> Path:
     """Where what will be ``path`` is written first; its ending is kept, since formats go by it."""
     return path.with_name(f"partial.{path.name}")
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or with a number behind it if that is taken."""
+    names = (path if number == 1 else path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what cannot be used to ``path.damaged`` (``path.damaged-2``, ...), so that nothing is lost.
+
+    Returns:
+        Its new path.
+
+    Raises:
+        RunError: if the folder cannot be written.
+    """
+    kept = free_name(path.with_name(f"{path.name}.damaged"))
+    with writing(kept):
+        path.rename(kept)
+    return kept
 
 
 def sync(path: Path) -> None:
@@ -32,9 +56,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: if it is a folder, or cannot be opened or made; the message names it and the reason.
+        FileNotFoundError: if there is no folder for it.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {path.name} into")
+    new = not path.exists()
+    try:
+        with path.open("xb" if new else "ab"):
+            pass
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = RESUMED) -> Iterator[None]:
     """Around what writes a file.
+
+    Args:
+        remedy: what follows for the reader of an error.
 
     Raises:
         RunError: if it cannot be written (disk full, no permission, ...), naming the file and the reason.
@@ -43,10 +92,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(
-            f"{path} cannot be written: {reason}; what was written before is whole, and once there is room the same "
-            "command goes on from the last checkpoint"
-        ) from error
+        raise RunError(f"{path} cannot be written: {reason}; {remedy}") from error
 
 
 @contextmanager

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import logging
 import math
-import time
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
@@ -24,11 +23,13 @@ from varl.errors import RunError
 from varl.evaluation.alarm import falling_metrics
 from varl.evaluation.held_out import Evaluation, paired_difference
 from varl.policy import Prompt
+from varl.recipes import read_yaml
 from varl.run.checkpoint import Checkpoints
-from varl.run.environment import changed_versions, environment
-from varl.run.files import FolderLock, replacing, writing
+from varl.run.evaluations import Evaluations
+from varl.run.files import FolderLock, free_name, replacing, set_aside, writing
 from varl.run.gallery import save_before_after, save_gallery
 from varl.run.metrics import MetricsWriter, read_metrics
+from varl.run.progress import FINISHED, Progress, note_start
 from varl.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
@@ -65,25 +66,31 @@ class RunFolder:
         main: whether this process writes it; others only read its checkpoints.
         patience: seconds to wait for a process that holds it, before that is an error.
 
+    Attributes:
+        identity: a hash of all settings that decide the run's numbers.
+
     Raises:
-        ValueError: if another process holds it, or it holds a run of another configuration; nothing is overwritten.
+        ValueError: if another process holds it, it holds a run of another configuration, or work without a checkpoint
+            to go on from; nothing is changed.
         RunError: if it cannot be written.
     """
 
     metrics: MetricsWriter
 
     def __init__(self, config: TrainConfig, main: bool = True, patience: float = 0.0) -> None:
-        self.path = config.run.out
+        self.path, self._config = config.run.out, plain(asdict(config))
+        self.identity = _identity(self._config)
+        self._progress, self._evaluations = Progress(self.path), Evaluations(self.path / "evaluations")
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep, self._progress.note)
         self._lock = FolderLock(self.path, patience) if main else None
         try:
             if main:
-                self._claim(plain(asdict(config)))
+                self._check(self._config)
                 self.metrics = MetricsWriter(self.path)
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
             raise
-        self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -98,12 +105,13 @@ class RunFolder:
             self.metrics.close()
             self._lock.release()
 
-    def _claim(self, config: dict[str, Any]) -> None:
+    def _check(self, config: dict[str, Any]) -> None:
+        """Refuse a folder whose work would be lost, before anything in it is changed."""
         file = self.path / "config.yaml"
         if file.exists():
             try:
-                earlier = _fixed(dict(yaml.safe_load(file.read_text())["config"]))
-            except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+                earlier = _fixed(dict(read_yaml(file)["config"]))
+            except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(f"{file} is not as a run wrote it ({error}); choose another --run.out") from error
             changed = _differences(earlier, _fixed(config))
             if changed:
@@ -111,28 +119,80 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); "
                     "choose another --run.out, or the earlier settings to go on with it"
                 )
-        with replacing(file) as partial:
-            partial.write_text(yaml.safe_dump({"varl": varl.__version__, "config": config}, sort_keys=False))
+        found = [] if self.checkpoints.paths() else self._progress.evidence()
+        if found:
+            raise ValueError(
+                f"{self.path} holds {', '.join(found)}, but no checkpoint to go on from: a run that began here would "
+                f"overwrite them. Choose another --run.out, put {self.checkpoints.folder} back, or move the folder "
+                "away to begin again"
+            )
 
-    def begin(self, update: int) -> None:
-        """Note in ``starts.jsonl`` with what the run begins or goes on, and drop what later updates left behind."""
-        file, now = self.path / "starts.jsonl", environment()
-        if update and file.exists():
-            changed = changed_versions(_last_line(file), now)
-            if changed:
-                logger.warning("not the versions this run had before: %s; its numbers may differ", "; ".join(changed))
-        with writing(file), file.open("a", encoding="utf-8") as lines:
-            start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "from_update": update, **now}
-            lines.write(json.dumps(start) + "\n")
+    def begin(self, update: int, held_out: Sequence[Prompt] = ()) -> None:
+        """Note what the run begins or goes on with, and drop what later updates left behind.
+
+        What a later checkpoint had covered, which is gone or cannot be used, is kept in a folder of its own; so are
+        evaluations of other prompts than are now held out.
+        """
+        with replacing(self.path / "config.yaml") as partial:
+            partial.write_text(yaml.safe_dump({"varl": varl.__version__, "config": self._config}, sort_keys=False))
+        if (newest := self._progress.newest()) > update:
+            self._keep_later(update, newest)
+        self._progress.note(update)
+        note_start(self.path / "starts.jsonl", update)
         self.metrics.truncate_after(update)
-        for left in (self.path / "evaluations").glob("update-*"):
-            if _update_of(left) > update:
-                left.unlink()
+        self._evaluations.remove_after(update)
+        if held_out and self._evaluations.of_other_prompts(held_out):
+            to = self._kept_apart(f"other-held-out-prompts-{update:06d}")
+            self._evaluations.move_after(-1, to / "evaluations")
+            self._keep("best.safetensors", "before_after.png", to=to)
+            logger.warning(
+                "the held-out prompts are others than before: what was measured on those is kept in %s and is "
+                "compared with nothing that follows",
+                to,
+            )
+
+    def _keep_later(self, update: int, newest: int) -> None:
+        to = self._kept_apart(f"later-than-update-{update:06d}")
+        with writing(to):
+            self._evaluations.move_after(update, to / "evaluations")
+        self._keep("metrics.jsonl", *FINISHED, to=to)
+        logger.warning(
+            "the checkpoint of update %d cannot be gone on from, only that of update %d: what was written since is "
+            "kept in %s",
+            newest,
+            update,
+            to,
+        )
+
+    def _kept_apart(self, name: str) -> Path:
+        folder = free_name(self.path / name)
+        with writing(folder):
+            folder.mkdir()
+        return folder
+
+    def _keep(self, *names: str, to: Path) -> None:
+        """Files as they are now, whatever takes their place: what replaces a file leaves its other links alone."""
+        for name in names:
+            if (self.path / name).exists():
+                with writing(to / name):
+                    try:
+                        os.link(self.path / name, to / name)
+                    except OSError:  # a file system without links
+                        shutil.copy2(self.path / name, to / name)
 
     def micro_batches(self) -> dict[str, int]:
         """Measured numbers of sequences a pass, by kind of update."""
         path = self.path / "micro_batches.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            sizes = json.loads(path.read_bytes()) if path.exists() else {}
+            if not isinstance(sizes, dict) or not all(type(size) is int and size > 0 for size in sizes.values()):
+                raise ValueError("it holds no positive numbers by name")
+            return sizes
+        except (ValueError, RecursionError) as error:
+            if self._lock is not None:
+                kept = set_aside(path).name
+                logger.warning("%s cannot be read (%s), is kept as %s, and measured anew", path, error, kept)
+            return {}
 
     def note_micro_batches(self, sizes: dict[str, int]) -> None:
         """Keep them for when the run is gone on with."""
@@ -163,22 +223,21 @@ class RunFolder:
             window: warn of reward hacking if it shows over so many evaluations; 0 is never.
         """
         falling = self._falling(update, result, window)
-        record = {"update": update, "training_pictures": pictures, "alarm": falling, **result.to_dict()}
-        kept = {name: getattr(result, name) for name in ("images", "texts", "made_by")}
-        kept |= {name: _tensor(getattr(result, name)) for name in ("rewards", "hits", "neds")}
-        with replacing(self._evaluation(update, "json")) as partial:
-            partial.write_text(json.dumps(record, indent=1))
-        torch.save(kept, buffer := io.BytesIO())  # to a file, it would say nothing of a full disk but where it was
-        with replacing(self._evaluation(update, "pt")) as partial:
-            partial.write_bytes(buffer.getbuffer())
-        before = self.result(self.evaluated()[0], result.prompts)
-        if update and before.texts is not None and result.texts is not None:
-            shown = slice(0, 16)
-            pictures_of = before.images[shown], result.images[shown]
-            with replacing(self.path / "before_after.png") as partial:
-                save_before_after(
-                    partial, result.prompts[shown], *pictures_of, before.texts[shown], result.texts[shown]
-                )
+        self._evaluations.save(update, result, {"training_pictures": pictures, "alarm": falling})
+        pair = self._evaluations.pair() if update else None
+        if pair is None or pair[0].texts is None or pair[1].texts is None:
+            return
+        before, after = pair
+        shown = slice(0, 16)
+        with replacing(self.path / "before_after.png") as partial:
+            save_before_after(
+                partial,
+                after.prompts[shown],
+                before.images[shown],
+                after.images[shown],
+                pair[0].texts[shown],
+                pair[1].texts[shown],
+            )
 
     def _falling(self, update: int, result: Evaluation, window: int) -> list[str]:
         """The held-out metrics that fell over the last evaluations while the training reward rose."""
@@ -186,14 +245,15 @@ class RunFolder:
         if not window or len(earlier) + 1 < window:
             return []
         first = earlier[1 - window]
-        before = self.result(first, result.prompts)
+        before = self._evaluations.load(first)
+        if before is None:
+            return []
         changes = {}
         for name in set(before.metrics) & set(result.metrics):
-            with suppress(ValueError):  # no prompt could be scored in both
+            with suppress(ValueError):  # no prompt could be scored in both, or the prompts are others
                 changes[name] = paired_difference(before, result, name)
-        lines = [line for line in read_metrics(self.path) if first < line["update"] <= update]
-        scores = [line["reward"]["score"] for line in lines]
-        falling = falling_metrics([math.nan if score is None else score for score in scores], changes)
+        scores = [_score(line) for line in read_metrics(self.path) if first < line["update"] <= update]
+        falling = falling_metrics(scores, changes)
         if falling:
             logger.warning(
                 "since update %d the training reward rises while held-out %s falls: is the reward being hacked?",
@@ -204,10 +264,8 @@ class RunFolder:
 
     def hacked(self, stops: bool) -> RunError | None:
         """What to stop with if the last evaluation raised the alarm, and that is to stop the run."""
-        evaluated = self.evaluated() if stops else []
-        if not evaluated:
-            return None
-        falling = json.loads(self._evaluation(evaluated[-1], "json").read_text())["alarm"]
+        evaluated = self.evaluated() if stops and self._lock is not None else []
+        falling = self._evaluations.alarm(evaluated[-1]) if evaluated else []
         if not falling:
             return None
         return RunError(
@@ -217,17 +275,15 @@ class RunFolder:
 
     def evaluated(self) -> list[int]:
         """After how many updates there were evaluations, in order."""
-        return sorted(_update_of(file) for file in (self.path / "evaluations").glob("update-*.pt"))
+        return self._evaluations.updates()
 
-    def result(self, update: int, prompts: Sequence[Prompt]) -> Evaluation:
-        """The evaluation after so many updates; ``prompts`` are those it was made with."""
-        kept = torch.load(self._evaluation(update, "pt"), weights_only=True)
-        hits, neds = (None if kept[name] is None else kept[name].numpy() for name in ("hits", "neds"))
-        rewards = kept["rewards"].numpy()
-        return Evaluation(list(prompts), 1, kept["images"], kept["texts"], rewards, hits, neds, kept["made_by"])
+    def result(self, update: int) -> Evaluation | None:
+        """The evaluation after so many updates, or None if its file is damaged."""
+        return self._evaluations.load(update)
 
-    def _evaluation(self, update: int, ending: str) -> Path:
-        return self.path / "evaluations" / f"update-{update:06d}.{ending}"
+    def before_after(self) -> tuple[Evaluation, Evaluation] | None:
+        """The first and the last evaluation, if there are two of the same prompts."""
+        return self._evaluations.pair()
 
     def export(self, name: str, write: Callable[[Path], None]) -> Path:
         """Write finished weights or adapters in one go, by a function of the path to write to."""
@@ -237,22 +293,11 @@ class RunFolder:
         return path
 
 
-def _tensor(values: np.ndarray | None) -> Tensor | None:
-    return None if values is None else torch.from_numpy(values)
-
-
-def _update_of(file: Path) -> int:
-    return int(file.stem.removeprefix("update-"))
-
-
-def _last_line(file: Path) -> dict[str, Any]:
-    """The last line that can be read; one half written is passed over."""
-    for line in reversed(file.read_text(encoding="utf-8").splitlines()):
-        try:
-            return dict(json.loads(line))
-        except ValueError:
-            continue
-    return {}
+def _score(line: dict[str, Any]) -> float:
+    """The mean reward that a line of the metrics tells, or NaN."""
+    parts = line.get("reward")
+    score = parts.get("score") if isinstance(parts, dict) else None
+    return float(score) if isinstance(score, int | float) else math.nan
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +306,14 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
         drop = _MAY_CHANGE.get(section, ())
         sections[section] = {k: v for k, v in values.items() if k not in drop} if isinstance(values, dict) else values
     return sections
+
+
+def _identity(config: dict[str, Any]) -> str:
+    """A hash of the settings that decide an update's numbers, but for files: of those it is the content that counts."""
+    fixed = _fixed(config)
+    for section, name in (("policy", "weights"), ("policy", "adapters"), ("prompts", "source")):
+        fixed[section].pop(name)
+    return hashlib.sha256(json.dumps(fixed | {"evaluation": None}, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(earlier: Any, now: Any, path: str = "") -> list[str]:

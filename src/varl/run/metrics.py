@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from varl.run.files import replacing, writing
+from varl.run.files import free_name, replacing, writing
 
 __all__ = ["MetricsWriter", "read_metrics"]
 
@@ -24,7 +25,8 @@ class MetricsWriter:
     """Appends to ``folder/metrics.jsonl`` and writes TensorBoard events to ``folder/tensorboard``.
 
     Every line is on the disk when ``write`` returns. A last line that an interrupted run left half written is dropped
-    with a warning. If TensorBoard cannot be written, that is said once and the rest goes on.
+    with a warning. Where other lines cannot be read, the file is kept as ``metrics.jsonl.damaged``, and the run goes on
+    with the lines that can. If TensorBoard cannot be written, that is said once and the rest goes on.
 
     Args:
         folder: made if it is not there.
@@ -33,9 +35,6 @@ class MetricsWriter:
     Attributes:
         path: of the JSON lines.
         last_update: the update of the last line, or None.
-
-    Raises:
-        ValueError: if a line other than the last cannot be read.
     """
 
     def __init__(self, folder: str | Path, *, tensorboard: bool = True) -> None:
@@ -46,8 +45,16 @@ class MetricsWriter:
         self._events: Any = None
         self.last_update: int | None = None
         if self.path.exists():
-            lines = _read(self.path)
-            if not self.path.read_bytes().endswith(b"\n"):
+            lines, wrong = _scan(self.path)
+            rising = _rising(lines)
+            if wrong or len(rising) < len(lines):
+                reason = wrong[0] if wrong else f"{self.path} has updates out of order"
+                with writing(kept := free_name(self.path.with_name(f"{self.path.name}.damaged"))):
+                    shutil.copy2(self.path, kept)
+                logger.warning("%s; what can be read is gone on with, and the file is kept as %s", reason, kept.name)
+                lines = rising
+                self._rewrite(lines)
+            elif not self.path.read_bytes().endswith(b"\n"):
                 self._rewrite(lines)
             self.last_update = lines[-1]["update"] if lines else None
 
@@ -84,6 +91,8 @@ class MetricsWriter:
     def truncate_after(self, update: int) -> None:
         """Drop the lines of later updates, so that a resumed run's file is that of one never interrupted.
 
+        Lines that are missing before ``update`` are warned of.
+
         TensorBoard hides what it has of later updates as soon as the next one is written.
         """
         lines = _read(self.path) if self.path.exists() else []
@@ -92,6 +101,10 @@ class MetricsWriter:
             self._rewrite(kept)
         self.last_update = kept[-1]["update"] if kept else None
         self._close_events()
+        missing = sorted(set(range(1, update + 1)) - {line["update"] for line in kept})
+        if missing:
+            span = f"{len(missing)} of the {update} updates so far, the first of them {missing[0]}"
+            logger.warning("%s lacks %s; the run goes on without them", self.path, span)
 
     def close(self) -> None:
         """Finish TensorBoard's file. Writing may go on afterwards, in a new one."""
@@ -146,7 +159,26 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    lines, wrong = _scan(path)
+    if wrong:
+        raise ValueError(wrong[0])
+    return lines
+
+
+def _rising(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines whose update is above those of all lines before."""
+    highest, kept = -1, []
+    for line in lines:
+        if line["update"] > highest:
+            highest = line["update"]
+            kept.append(line)
+    return kept
+
+
+def _scan(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines that can be read, and what is wrong with the others, but for a last one that is half written."""
     lines: list[dict[str, Any]] = []
+    wrong: list[str] = []
     raw = path.read_bytes().split(b"\n")
     for number, text in enumerate(raw, 1):
         if not text.strip():
@@ -159,9 +191,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if number == len(raw):  # no line end: the write was interrupted
                 logger.warning("%s, line %d is half written and dropped", path, number)
                 break
-            raise ValueError(f"{path}, line {number} cannot be read: {error}") from error
+            wrong.append(f"{path}, line {number} cannot be read: {error}")
+            continue
         lines.append(line)
-    return lines
+    return lines, wrong
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from varl.adapters import adapter_state
+from varl.evaluation.held_out import asked
+from varl.policy import Prompt
+from varl.prompts import PromptStream
 from varl.run.checkpoint import Checkpoint
 from varl.run.pending import pending_pictures, restored_pictures
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "collected",
     "fingerprint",
+    "foreign",
     "new_moments",
     "own_generators",
     "restore",
@@ -45,6 +49,8 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "best": trainer.best,
         "failures": list(trainer.failures.shares),
         "fingerprint": trainer.fingerprint,
+        "run": trainer.folder.identity,
+        "held_out": digest(trainer.held_out),
     }
     pending, values["pending"] = pending_pictures(trainer)
     moments = {name: stored_moments(_trained(trainer), own) for name, own in _optimizers(trainer).items()}
@@ -53,18 +59,26 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _weights(trainer) | {k: v for name, own in groups.items() for k, v in _named(name, own).items()}, values
 
 
+def foreign(trainer: Trainer, values: Mapping[str, Any]) -> str:
+    """Why a checkpoint with such values is of another run than the trainer's; empty if it is of this one."""
+    if values.get("fingerprint") != trainer.fingerprint:
+        return "it began from other weights than policy.weights now holds"
+    try:
+        PromptStream(trainer.stream.prompts, trainer.stream.seed).load_state_dict(values["prompts"])
+    except ValueError as error:
+        return str(error)
+    if values.get("run", trainer.folder.identity) != trainer.folder.identity:
+        return "its configuration is another one"
+    return ""
+
+
 def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Set a run's state to that of a checkpoint.
+    """Set a run's state to that of a checkpoint which is not ``foreign``.
 
     Raises:
-        ValueError: if it began from other weights or prompts, or has other tensors.
+        ValueError: if it has other tensors.
     """
     values = checkpoint.values
-    if values["fingerprint"] != trainer.fingerprint:
-        raise ValueError(
-            f"checkpoint {checkpoint.path} is of a run that began from other weights than policy.weights now holds; "
-            "give those, or choose another --run.out"
-        )
     trainer.stream.load_state_dict(values["prompts"])
     moments: dict[str, Tensor] = {}
     for group, own_moments in _optimizers(trainer).items():
@@ -82,6 +96,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.learner.steps_taken, trainer.evaluated = values["steps_taken"], values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
     trainer.failures.shares.extend((pictures, steps) for pictures, steps in values["failures"])
+    if values.get("held_out", now := digest(trainer.held_out)) != now:
+        # What was measured on other prompts is no measure of these: a new baseline is evaluated, and a new best found.
+        trainer.evaluated = trainer.best = None
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -192,12 +209,17 @@ def new_moments(
     return found
 
 
+def digest(prompts: Sequence[Prompt]) -> str:
+    """A hash of what prompts ask for."""
+    return hashlib.sha256(repr(asked(prompts)).encode()).hexdigest()
+
+
 def fingerprint(module: nn.Module) -> str:
     """A hash of the names and shapes of a module's tensors and of up to 1,024 numbers of each, evenly spread."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, value in module.state_dict().items():
         flat = value.detach().flatten()
         some = flat[:: max(1, -(-len(flat) // 1024))]
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        found.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from torch import Tensor
 
 from varl.models.inkling.pictures import draw
 from varl.models.inkling.policy import Inkling, InklingConfig
-from varl.models.inkling.text import make_prompt, random_regions
+from varl.models.inkling.text import PICTURE, make_prompt, random_regions
+from varl.models.inkling.tokenizer import code_bounds
 from varl.policy import Prompt
+from varl.run.files import writing
+from varl.run_config import expand, need, need_counts, need_seeds
 
-__all__ = ["PretrainConfig", "StageConfig", "pretrain", "sample_batch"]
+__all__ = ["FINISHED", "PretrainConfig", "StageConfig", "check_folder", "pretrain", "sample_batch"]
+
+CHECKPOINT, FINISHED = "pretrain.pt", "inkling.safetensors"
+"""Files of the folder."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,14 @@ class StageConfig:
     learning_rate: float
     warmup: int = 50
     horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        need_counts(self, "batch")
+        for name, least in (("steps", 0), ("warmup", 1), ("horizon", 1)):
+            value = getattr(self, name)
+            need(value is None or value >= least, f"{name} of a stage must be {least} or more, got {value}")
+        rate = self.learning_rate
+        need(0 < rate < math.inf, f"learning_rate of a stage must be positive and finite, got {rate}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,30 @@ class PretrainConfig:
     save_every: float = 60.0
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        expand(self, "out")
+        need_seeds(self, "seed")
+        need(0 <= self.drop_condition <= 1, f"drop_condition must be a share from 0 to 1, got {self.drop_condition}")
+        need(self.last_grid_every >= 1, f"last_grid_every must be 1 or more, got {self.last_grid_every}")
+        need(0 <= self.save_every < math.inf, f"save_every must be 0 or more seconds, got {self.save_every}")
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        """Refuse a shape whose tokenizer cannot be fitted to pictures."""
+        shape, steps = self.model, len(self.model.grids)
+        cell = PICTURE // shape.grids[-1]
+        patch = cell * (shape.grids[-1] // shape.grids[-2])
+        for name, side in (("coarse", patch), ("fine", cell)):
+            asked, most = getattr(shape, name), 3 * side**2
+            fits = f"of grids {list(shape.grids)} have {most} numbers a patch"
+            need(asked <= most, f"model.{name} asks for {asked} components, but pictures {fits}: at most {most}")
+        bounds = code_bounds(shape.codes, steps)
+        fewest = min(after - before for before, after in pairwise(bounds))
+        need(
+            fewest > 0, f"model.codes {shape.codes} are too few for {steps} grids, each of which takes some of its own"
+        )
+        need(shape.decoder > 1, f"model.decoder must be at least 2 channels, got {shape.decoder}")
 
 
 def sample_batch(seed: tuple[int, ...], size: int, held_out: bool = False) -> tuple[Tensor, list[Prompt]]:
@@ -146,16 +185,47 @@ class _Stage:
 
 def _save(path: Path, data: dict[str, Any]) -> None:
     beside = path.with_suffix(".partial")
-    torch.save(data, beside)
-    os.replace(beside, path)
+    with writing(path):
+        torch.save(data, beside)
+        os.replace(beside, path)
+
+
+def check_folder(config: PretrainConfig) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None; makes the folder if it is not there.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read or was made with another configuration, or there is none beside
+            finished weights, which a new run would overwrite.
+    """
+    path, finished = config.out / CHECKPOINT, config.out / FINISHED
+    need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
+    config.out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        need(
+            not finished.exists(),
+            f"{finished} is there, but no {CHECKPOINT} to go on from: a run would overwrite it; choose another --out, "
+            "or move it away",
+        )
+        return None
+    try:
+        data = torch.load(path, map_location=config.device, weights_only=True)
+        identity = data["identity"]
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or repr(error)
+        raise ValueError(f"{path} cannot be read ({reason}); move it away to begin again") from error
+    if identity != _identity(config):
+        raise ValueError(f"{path} was made with another configuration; choose another --out or remove it")
+    return dict(data)
 
 
 def pretrain(config: PretrainConfig, progress: Progress = lambda *_: None) -> Inkling:
     """Run both stages, or what is left of them.
 
     Raises:
-        ValueError: if the folder's checkpoint was made with another configuration.
+        ValueError: as ``check_folder``.
+        RunError: if a checkpoint cannot be written.
     """
+    data = check_folder(config)
     torch.manual_seed(config.seed)
     policy = Inkling(config.model).to(config.device)
     policy.tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -163,12 +233,8 @@ def pretrain(config: PretrainConfig, progress: Progress = lambda *_: None) -> In
         "tokenizer": _Stage("tokenizer", config.tokenizer, policy.tokenizer, 0.0),
         "transformer": _Stage("transformer", config.transformer, policy.transformer, 0.05),
     }
-    config.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, identity = config.out / "pretrain.pt", _identity(config)
-    if checkpoint.exists():
-        data = torch.load(checkpoint, map_location=config.device, weights_only=True)
-        if data["identity"] != identity:
-            raise ValueError(f"{checkpoint} was made with another configuration; choose another --out or remove it")
+    checkpoint, identity = config.out / CHECKPOINT, _identity(config)
+    if data is not None:
         policy.load_state_dict(data["policy"])
         for name, stage in stages.items():
             stage.load(data[name])

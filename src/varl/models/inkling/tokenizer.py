@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from varl.models.quantizer import MultiScaleQuantizer, resize_area
 from varl.schedule import ScaleSchedule
 
-__all__ = ["LinearEncoder", "Tokenizer"]
+__all__ = ["LinearEncoder", "Tokenizer", "code_bounds"]
 
 
 def _patches(images_B3HW: Tensor, size: int) -> Tensor:
@@ -150,7 +150,7 @@ class Tokenizer(nn.Module):
         encoder, table = self.encoder, self.quantizer.embedding.weight
         encoder.coarse.copy_(_principal(_patches(images_B3HW - 0.5, encoder.block * encoder.cell), len(encoder.coarse)))
         total, steps = self.empty(len(images_B3HW)), len(self.quantizer.schedule)
-        bounds = [0, *(int(len(table) * 0.75 * 0.3 ** (steps - 2 - s)) for s in range(steps - 1)), len(table)]
+        bounds = code_bounds(len(table), steps)
         for step, grid in enumerate(self.quantizer.schedule.grids):
             if step == steps - 1:
                 missed = encoder.missed(images_B3HW, total[:, : len(encoder.coarse)])
@@ -163,6 +163,11 @@ class Tokenizer(nn.Module):
                 [self.choose(x, t, step) for x, t in zip(images_B3HW.split(64), total.split(64), strict=True)]
             )
             total = total + self.quantizer.contribution(actions, step)
+
+
+def code_bounds(codes: int, steps: int) -> list[int]:
+    """Where the codes of each step begin, and where the last end: ``fit`` gives each step some of its own."""
+    return [0, *(int(codes * 0.75 * 0.3 ** (steps - 2 - step)) for step in range(steps - 1)), codes]
 
 
 def _k_means(points: Tensor, k: int, rounds: int, generator: torch.Generator) -> Tensor:
