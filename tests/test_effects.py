@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from varl import cli
 from varl.config import (
     AdapterConfig,
     EvaluationConfig,
@@ -17,6 +19,7 @@ from varl.config import (
     TrainConfig,
 )
 from varl.effects import NoEffect
+from varl.errors import InputError
 from varl.sampling import Sampling
 
 IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
@@ -155,3 +158,44 @@ def test_values_that_have_no_limit() -> None:
     with pytest.raises(ValueError, match=r"method\.value policy needs a finite method\.eta"):
         MethodConfig(value="policy", eta=float("inf"))
     MethodConfig(value="soft", eta=float("inf"))
+
+
+RECIPE = """
+prompts: {count: 64}
+method: {prefix_updates: 9, middle: grid:6, continuations: 3, value: mean, mask: {merge: mean}}
+optimizer: {moments: segment, suffix_scale: 0.5}
+"""
+
+
+def read(tmp_path: Path, recipe: str, *words: str) -> Any:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    return cli._settings("train", cli.COMMANDS["train"], [str(path), *words])
+
+
+def test_what_the_command_line_makes_idle_in_a_recipe_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or nobody could try another update on a recipe without writing it anew."""
+    found = read(tmp_path, RECIPE, "--method.update", "full")
+    assert found.method == MethodConfig(update="full")
+    assert found.optimizer == OptimizerConfig()
+    said = capsys.readouterr().err
+    for name in ("prefix_updates", "middle", "continuations", "value", "mask.merge"):
+        assert f"method.{name} of the recipe has no effect beside --method.update full" in said
+    assert "optimizer.suffix_scale of the recipe" in said
+    assert read(tmp_path, RECIPE, "--prompts.source", "mine.txt").prompts == PromptConfig("mine.txt")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "named"),
+    [
+        (RECIPE, ["--method.update", "full", "--method.value_at", "grid:3"], "method.value_at grid:3"),
+        (RECIPE, ["--method.mask.enabled=false", "--method.mask.kl=true"], "method.mask.kl true"),
+        ("method: {update: full, middle: 3}", ["--run.seed", "3"], "method.middle 3"),
+        ("method: {update: full, middle: 3}", [], "method.middle 3"),
+    ],
+)
+def test_what_was_named_with_it_is_refused(tmp_path: Path, recipe: str, words: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=f"{named} has no effect"):
+        read(tmp_path, recipe, *words)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from varl import commands
+from varl.effects import NoEffect
 from varl.errors import InputError, Interrupted, RunError, checking
 from varl.recipes import check_nulls, check_recipe, check_words, recipes_in, split_recipes
 
@@ -84,9 +85,37 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
         values = parser.parse_args(words)
         _own_reward(parser, words, values)
         check_nulls(command.config, values.as_dict())
-        parsed = parser.instantiate(values)
-        parsed.pop("config", None)
-        return command.config(**vars(parsed))
+        while True:  # one section after the other may have settings to leave out
+            try:
+                return _made(parser, command, values)
+            except NoEffect as error:
+                _leave_out(parser, command, words, values, error)
+
+
+def _made(parser: jsonargparse.ArgumentParser, command: Command, values: Any) -> Any:
+    parsed = parser.instantiate(values)
+    parsed.pop("config", None)
+    return command.config(**vars(parsed))
+
+
+def _leave_out(
+    parser: jsonargparse.ArgumentParser, command: Command, words: Sequence[str], values: Any, error: NoEffect
+) -> None:
+    """Set what a recipe says back to its default where words after it leave it without effect, and say so.
+
+    Raises:
+        NoEffect: if those words name it themselves, or the recipe alone is refused too.
+    """
+    recipe, own = split_recipes(words)
+    given = [word.removeprefix("--").partition("=")[0] for word in own if word.startswith("--")]
+    if not recipe or any(name == word or name.startswith(f"{word}.") for name in error.defaults for word in given):
+        raise error
+    _made(parser, command, parser.parse_args(recipe))
+    for name, default in error.defaults.items():
+        values[name] = default
+        console.print(
+            Text(f"{name} of the recipe has no effect beside {' '.join(own)}, and is left out"), soft_wrap=True
+        )
 
 
 def _named(word: str, after: str) -> str:
