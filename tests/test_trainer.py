@@ -337,7 +337,10 @@ UNUSABLE = {
     "a dilation below 0": (["--method.mask.dilation", "-1"], "dilation"),
     "a seed below 0": (["--run.seed", "-1"], "seed"),
     "a warm-up of negative length": (["--optimizer.warmup_updates", "-3"], "warmup_updates"),
-    "held-out prompts that cannot be drawn": (["--evaluation.enabled", "true"], "asks for no word"),
+    "held-out prompts that cannot be drawn": (
+        ["--evaluation.enabled", "true", "--evaluation.source"],
+        "asks for no word",
+    ),
 }
 
 
@@ -346,7 +349,8 @@ def test_settings_that_could_not_be_used_are_refused_before_work(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     words, expected = UNUSABLE[case]
-    words = [*words, "--evaluation.source", write(tmp_path / "held.txt", "a cat\n")]
+    held_out = [write(tmp_path / "held.txt", "a cat\n")] if words[-1] == "--evaluation.source" else []
+    words = [*words, *held_out]
     assert expected in failed_command(capsys, *recipe_of(weights, tmp_path), *words)
     assert not (tmp_path / "run").exists()
 
