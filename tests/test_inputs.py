@@ -19,6 +19,7 @@ from varl.errors import InputError, RunError, checking, naming_memory
 from varl.models.inkling.pretrain import PretrainConfig
 from varl.plan import SAVED, estimate
 from varl.recipes import check_yaml
+from varl.rewards.engine import OcrConfig, _model_files
 from varl.run_config import MOST_THREADS
 
 
@@ -142,7 +143,7 @@ def test_a_read_only_place(locked: Path, capsys: pytest.CaptureFixture[str], com
 
 @pytest.mark.parametrize("error", [ValueError("a"), FileNotFoundError("a"), ModuleNotFoundError("a"), RunError("a")])
 def test_errors_of_the_input(error: Exception) -> None:
-    with pytest.raises(InputError, match="^a$"), checking():
+    with pytest.raises(InputError, match=r"^a$"), checking():
         raise error
 
 
@@ -177,7 +178,7 @@ def test_missing_memory_is_named_with_its_remedy(error: Exception) -> None:
     with pytest.raises(RunError, match=r"^out of memory.*; lower it$") as caught, naming_memory("lower it"):
         raise error
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="^out of memory.*; ask for less"), checking():
+    with pytest.raises(InputError, match=r"^out of memory.*; ask for less"), checking():
         raise error
 
 
@@ -334,6 +335,13 @@ HOME: dict[str, Callable[[], Any]] = {
 def test_home(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setenv("HOME", "/my/home")
     assert str(HOME[case]()) == "/my/home/x"
+
+
+def test_home_of_reward_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/my/home")
+    for name in ("det_model", "rec_model"):
+        with pytest.raises(FileNotFoundError, match="no (det|rec) model: /my/home/x"):
+            _model_files(OcrConfig(**{name: "~/x"}))  # type: ignore[arg-type]
 
 
 def test_what_is_not_home() -> None:

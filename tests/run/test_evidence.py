@@ -28,7 +28,7 @@ HELD_OUT = "the words 'KEBA' at the top\nthe words 'LUX' at the bottom\n"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with weights, held-out prompts, and a finished run of 3 updates in ``run``, checkpoints after 2 and 3."""
+    """Weights, held-out prompts, and in ``run`` a finished run of 3 updates with checkpoints after 2 and 3."""
     folder = tmp_path_factory.mktemp("place")
     shape = InklingConfig(grids=(3, 6), codes=32, coarse=8, fine=4, decoder=8, width=16, depth=1, heads=2)
     tiny_runs.tiny_weights(folder / "tiny.safetensors", shape)

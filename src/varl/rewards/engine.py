@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -261,7 +262,7 @@ def _model_files(config: OcrConfig) -> tuple[Path, Path]:
     found = []
     for own, kind in ((config.det_model, "det"), (config.rec_model, "rec")):
         files = sorted(Path(places[0], "models").glob(f"*_{kind}_*.onnx")) if places else []
-        path = Path(own) if own else files[-1] if files else None
+        path = Path(os.path.expanduser(own)) if own else files[-1] if files else None
         if path is None or not path.is_file():
             raise FileNotFoundError(f"no {kind} model: {path or 'none in the package rapidocr'}")
         found.append(path)
