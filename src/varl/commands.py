@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from varl.config import TrainConfig
 from varl.console import console, progress_bar
 from varl.distributed import Distributed
+from varl.doctor import check_legibility
 from varl.errors import checking
 from varl.evaluation.held_out import comparison_table
 from varl.loading import choose_device
@@ -49,6 +51,8 @@ __all__ = [
     "train",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def from_recipe(recipe: TrainConfig, config: type) -> dict[str, Any]:
     """What a recipe says of another command's settings, as plain values.
@@ -84,6 +88,10 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
     console.quiet = not distributed.main
     with checking():
         trainer = Trainer(config, distributed)
+    if distributed.main:
+        for check in check_legibility(trainer.reward, [*trainer.stream.prompts, *trainer.held_out], 40, 2.0):
+            if not check.fine:
+                logger.warning("on a clean picture the OCR reward %s; such words cannot be learned", check.found)
     total = config.run.updates
     about = f"[bold]{config.policy.family}[/]: {trainer.schedule.describe()}; run folder {config.run.out}"
     console.print(about, soft_wrap=True)

@@ -11,7 +11,7 @@ import torch
 
 from varl.config import PolicyConfig
 from varl.console import console, progress_bar
-from varl.doctor import check_enough, check_policy, check_reader
+from varl.doctor import check_enough, check_legibility, check_policy, check_reader
 from varl.errors import checking
 from varl.evaluation.held_out import evaluate as evaluate_policy
 from varl.loading import autocast, choose_device, prepare
@@ -19,7 +19,7 @@ from varl.policy import Policy, Prompt
 from varl.probe import check_counts
 from varl.probe import probe as probe_policy
 from varl.prompts import check_prompts, quoted_words, resolve_prompts
-from varl.rewards import load_reward
+from varl.rewards import check_reward, load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.gallery import save_pictures
 from varl.sampling import Sampling
@@ -132,6 +132,7 @@ def evaluate(config: EvaluateConfig) -> None:
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
+        check_reward(reward, prompts, config.source)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
         result = evaluate_policy(
@@ -195,6 +196,7 @@ def probe(config: ProbeConfig) -> None:
         check_counts(len(prompts), config.prefixes, config.continuations)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
+        check_reward(reward, prompts, config.source)
         config.out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
@@ -239,12 +241,15 @@ class DoctorConfig:
 def doctor(config: DoctorConfig) -> int:
     """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
     with checking():
-        prompts = resolve_prompts(config.source, count=4)[:4]
+        every = resolve_prompts(config.source)
+        prompts = every[:4]
         check_enough(prompts)
         reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
+        check_reward(reward, every, config.source)
     failed = 0
-    for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
+    checks = [*check_policy(policy, prompts, schedule=schedule), check_reader(reward), *check_legibility(reward, every)]
+    for check in checks:
         mark = "[green]ok[/]  " if check.fine else "[red]FAIL[/]"
         console.print(f"{mark} {check.name}: {check.found}")
         failed += not check.fine

@@ -8,6 +8,7 @@ from typing import Any
 
 from varl.models.fields import fill
 from varl.policy import Prompt
+from varl.rewards.checks import MOST_CHARACTERS
 from varl.rewards.base import FailureLog, Polygon, Reward, RewardOutput
 
 __all__ = ["FailureLog", "Polygon", "Reward", "RewardOutput", "check_reward", "load_reward"]
@@ -54,6 +55,8 @@ def _ocr_reward(options: dict[str, Any]) -> Reward:
         return OcrReward(**options)
     except TypeError as error:
         raise UnknownOption(f"reward 'ocr': {error}") from error
+    except ValueError as error:
+        raise ValueError(f"reward 'ocr': {error}") from error
 
 
 def _python_reward(name: str, options: dict[str, Any]) -> Reward:
@@ -68,12 +71,29 @@ def _python_reward(name: str, options: dict[str, Any]) -> Reward:
     return PythonReward(ProcessCall(name, options, calling.timeout_s), name=name)
 
 
-def check_reward(reward: Reward, prompts: Sequence[Prompt]) -> None:
+def check_reward(reward: Reward, prompts: Sequence[Prompt], source: object = "") -> None:
     """Ask a reward that has a ``check(prompts)`` whether it can score all these prompts, before any picture is drawn.
 
+    Args:
+        source: where the prompts are from, for the message.
+
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it cannot, or a prompt wants more than ``MOST_CHARACTERS`` in its picture.
     """
+    try:
+        _check(reward, prompts)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}" if source else str(error)) from error
+
+
+def _check(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        characters = sum(map(len, prompt.words))
+        if characters > MOST_CHARACTERS:
+            raise ValueError(
+                f"prompt {number} of {len(prompts)} ({prompt.text!r:.80}) wants {characters:,} characters of text in its "
+                f"picture; {MOST_CHARACTERS:,} are the most that are compared with what is read"
+            )
     check = getattr(reward, "check", None)
     if callable(check) and prompts:
         check(prompts)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varl.rewards.base import FailureLog, Polygon, RewardOutput
 
-__all__ = ["MOST_CHARACTERS", "MOST_POINTS", "checked"]
+__all__ = ["MOST_CHARACTERS", "MOST_POINTS", "checked", "checked_polygons", "checked_text"]
 
 MOST_POINTS = 5_000
 """Points that the regions of one picture may have together: rasterising takes time and memory for each."""
@@ -50,9 +50,9 @@ def checked(output: RewardOutput, batch: int, failures: FailureLog | None = None
     reasons = ["no finite score, or marked as failed by the reward" if flag else "" for flag in failed.tolist()]
     regions, texts = output.regions, output.texts
     if regions is not None:
-        regions = [_each(_polygons, own, [], i, reasons) for i, own in enumerate(regions)]
+        regions = [_each(checked_polygons, own, [], i, reasons) for i, own in enumerate(regions)]
     if texts is not None:
-        texts = [_each(_text, text, "", i, reasons) for i, text in enumerate(texts)]
+        texts = [_each(checked_text, text, "", i, reasons) for i, text in enumerate(texts)]
     for reason in filter(None, dict.fromkeys(reasons)):
         if failures is not None:
             failures.add(reason, reasons.count(reason))
@@ -71,7 +71,12 @@ def _each(check: Any, value: Any, otherwise: Any, picture: int, reasons: list[st
         return otherwise
 
 
-def _polygons(own: Any) -> list[Polygon]:
+def checked_polygons(own: Any) -> list[Polygon]:
+    """A copy of one picture's regions.
+
+    Raises:
+        ValueError: if one is no polygon, or they have more than ``MOST_POINTS`` points.
+    """
     polygons, points = [], 0
     for polygon in own:
         array = np.array(polygon, np.float32)
@@ -87,7 +92,13 @@ def _polygons(own: Any) -> list[Polygon]:
     return polygons
 
 
-def _text(text: Any) -> str:
+def checked_text(text: Any) -> str:
+    """The text of one picture.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it is longer than ``MOST_CHARACTERS``.
+    """
     if not isinstance(text, str):
         raise TypeError(f"texts hold texts, not {text!r:.100}")
     if len(text) > MOST_CHARACTERS:

@@ -213,11 +213,11 @@ class PythonReward:
         process as it was: see ``undisturbed``."""
         batch = len(prompts)
         try:
+            given = images.clone(), list(prompts)
             with undisturbed():
-                given = images.clone(), list(prompts)
                 result = self.fn(*given) if self.timeout_s is None else self._limited(*given)
-                output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
-                output = checked(output, batch, self.failures)
+            output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
+            output = checked(output, batch, self.failures)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

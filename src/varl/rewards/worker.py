@@ -65,6 +65,7 @@ class OcrWorker:
         self.config = config or OcrConfig()
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0
+        self._own_reader = make_reader is not None
         self._make_reader = make_reader or partial(OcrEngine, OcrEngine(self.config).config)
         self._lock = threading.Lock()
         self._seats = [_Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)]
@@ -74,6 +75,10 @@ class OcrWorker:
     def describe(self) -> dict[str, str]:
         """As ``OcrEngine.describe``, and that it runs in a worker."""
         return {**OcrEngine(self.config).describe(), "worker": f"time limit {self.timeout_s:g} s a picture"}
+
+    def alphabet(self) -> list[str] | None:
+        """The characters that the engine can read; None for a reader of one's own, which does not say."""
+        return None if self._own_reader else OcrEngine(self.config).alphabet()
 
     def read(self, images: Tensor) -> list[Reading]:
         """Read [B, 3, H, W] pictures in [0, 1]. One call at a time; further ones wait.
