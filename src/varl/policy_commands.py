@@ -131,8 +131,8 @@ def evaluate(config: EvaluateConfig) -> None:
     with checking():
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
-        check_prompts(policy, prompts, schedule)
         check_reward(reward, prompts, config.source)
+        check_prompts(policy, prompts, schedule)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
         result = evaluate_policy(
@@ -195,8 +195,8 @@ def probe(config: ProbeConfig) -> None:
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
         check_counts(len(prompts), config.prefixes, config.continuations)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
-        check_prompts(policy, prompts, schedule)
         check_reward(reward, prompts, config.source)
+        check_prompts(policy, prompts, schedule)
         config.out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
@@ -245,8 +245,8 @@ def doctor(config: DoctorConfig) -> int:
         prompts = every[:4]
         check_enough(prompts)
         reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
-        check_prompts(policy, prompts, schedule)
         check_reward(reward, every, config.source)
+        check_prompts(policy, prompts, schedule)
     failed = 0
     checks = [*check_policy(policy, prompts, schedule=schedule), check_reader(reward), *check_legibility(reward, every)]
     for check in checks:

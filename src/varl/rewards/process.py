@@ -98,8 +98,9 @@ class _Answers:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
+        batch = len(prompts)  # as it is before the call
         result = self.fn(torch.from_numpy(images), prompts)
-        output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, len(prompts))
+        output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
         regions = output.regions
         return {
             "score": _array(output.score),
