@@ -117,7 +117,9 @@ def check_reader(reward: Reward) -> Check:
     return Check("the reward is alive", fine, f"read {read!r}, score {float(output.score[0]):.2f}")
 
 
-def check_legibility(reward: Reward, prompts: Sequence[Prompt], most: int = 100, seconds: float = 5.0) -> Iterator[Check]:
+def check_legibility(
+    reward: Reward, prompts: Sequence[Prompt], most: int = 100, seconds: float = 5.0
+) -> Iterator[Check]:
     """Check that the OCR reward's own engine reads the prompts' words where they are drawn in plain black on white.
 
     Args:

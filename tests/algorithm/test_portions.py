@@ -14,7 +14,13 @@ from varl.schedule import ScaleSchedule
 
 def test_portions_are_consecutive_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portions, "MOST", 10)
-    assert list(few_at_a_time([4, 6, 1, 30, 1, 1, 1, 1], 3)) == [range(0, 2), range(2, 3), range(3, 4), range(4, 7), range(7, 8)]
+    assert list(few_at_a_time([4, 6, 1, 30, 1, 1, 1, 1], 3)) == [
+        range(2),
+        range(2, 3),
+        range(3, 4),
+        range(4, 7),
+        range(7, 8),
+    ]
     assert list(few_at_a_time([10], 3)) == [range(1)]
     assert list(few_at_a_time([], 3)) == []
 

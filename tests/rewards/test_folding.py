@@ -52,7 +52,9 @@ def test_the_literal_way_is_an_option() -> None:
     assert word_accuracy([wanted], [read], fold=False) == 0
     assert word_neds([wanted], [read], fold=False) == [pytest.approx(5 / 6, abs=2e-5)]
     for folded in (True, False):
-        output = OcrReward(Script([line(read)]), fold=folded, regions="matched")(torch.zeros(1, 3, 8, 8), [Prompt(words=(wanted,))])
+        output = OcrReward(Script([line(read)]), fold=folded, regions="matched")(
+            torch.zeros(1, 3, 8, 8), [Prompt(words=(wanted,))]
+        )
         assert (output.score[0] > 1.9) == folded
         assert output.parts["word_accuracy"].tolist() == [float(folded)]
         assert output.regions is not None

@@ -235,7 +235,10 @@ def faulty(tmp_path, monkeypatch):
     ("spec", "words"),
     [
         ({"name": "breaks_on_import:fn"}, r"cannot be imported: KeyError: 'mini' \(breaks_on_import.py, line 3\)"),
-        ({"name": "faulty_rewards:Models", "size": "mini"}, r"cannot be made: KeyError: 'mini' \(faulty_rewards.py, line 6\)"),
+        (
+            {"name": "faulty_rewards:Models", "size": "mini"},
+            r"cannot be made: KeyError: 'mini' \(faulty_rewards.py, line 6\)",
+        ),
     ],
 )
 def test_errors_of_ones_own_code_keep_type_name_and_line(faulty, spec, words, process):
@@ -258,13 +261,20 @@ def test_whatever_ones_own_code_raises_is_bad_input(faulty, spec, words):
 
 
 def test_a_module_that_is_missing_inside_is_named_with_its_line(module):
-    with pytest.raises(ModuleNotFoundError, match=r"reward 'imports_nothing:fn' imports \(imports_nothing.py, line 1\)"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"reward 'imports_nothing:fn' imports \(imports_nothing.py, line 1\)"
+    ):
         load_reward("imports_nothing:fn")
 
 
 def test_unknown_things_are_errors_of_the_input(faulty):
     """Also where only those of the library's own classes are."""
-    for spec in ({"name": "faulty_rewards:Made", "colour": 1}, "faulty_rewards:nothing", "faulty_rewards:CONSTANT", {"name": "ocr", "colour": 1}):
+    for spec in (
+        {"name": "faulty_rewards:Made", "colour": 1},
+        "faulty_rewards:nothing",
+        "faulty_rewards:CONSTANT",
+        {"name": "ocr", "colour": 1},
+    ):
         with pytest.raises(InputError):
             load_reward(spec)
 

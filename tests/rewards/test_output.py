@@ -15,8 +15,8 @@ from small import make_inkling, make_prompts
 from varl.evaluation.held_out import evaluate
 from varl.policy import Prompt
 from varl.rewards import RewardOutput
-from varl.rewards.checks import MOST_CHARACTERS, MOST_POINTS, checked
 from varl.rewards.base import FailureLog
+from varl.rewards.checks import MOST_CHARACTERS, MOST_POINTS, checked
 from varl.rewards.python import PythonReward
 from varl.rewards.scoring import Scoring
 from varl.sampling import Sampling
@@ -36,7 +36,10 @@ class Full:
             raise RuntimeError("the engine is gone")
         batch = len(images)
         return RewardOutput(
-            torch.arange(1.0, batch + 1), regions=[[SQUARE]] * batch, parts={"a": torch.ones(batch)}, texts=["TEA"] * batch
+            torch.arange(1.0, batch + 1),
+            regions=[[SQUARE]] * batch,
+            parts={"a": torch.ones(batch)},
+            texts=["TEA"] * batch,
         )
 
 
@@ -75,7 +78,9 @@ def test_joined_knows_no_fields_that_nobody_gave() -> None:
 
 
 def test_failed_like() -> None:
-    like = RewardOutput(torch.ones(5), regions=[[]] * 5, parts={"a": torch.ones(5), "b": torch.ones(5)}, texts=["x"] * 5)
+    like = RewardOutput(
+        torch.ones(5), regions=[[]] * 5, parts={"a": torch.ones(5), "b": torch.ones(5)}, texts=["x"] * 5
+    )
     failed = RewardOutput.failed_like(2, like)
     assert failed.failed.tolist() == [True, True]
     assert failed.score.isnan().all()

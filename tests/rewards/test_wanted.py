@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import tiny_runs
@@ -16,7 +15,6 @@ from varl import commands, policy_commands
 from varl.cli import main
 from varl.distributed import Distributed
 from varl.doctor import check_legibility
-from varl.errors import InputError
 from varl.policy import Prompt
 from varl.rewards import check_reward
 from varl.rewards.engine import Line, OcrConfig, OcrEngine

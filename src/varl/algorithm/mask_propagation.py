@@ -6,7 +6,7 @@ Two cells overlap if they share an area; touching along an edge is not overlap. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np

@@ -8,8 +8,8 @@ from typing import Any
 
 from varl.models.fields import fill
 from varl.policy import Prompt
-from varl.rewards.checks import MOST_CHARACTERS
 from varl.rewards.base import FailureLog, Polygon, Reward, RewardOutput
+from varl.rewards.checks import MOST_CHARACTERS
 
 __all__ = ["FailureLog", "Polygon", "Reward", "RewardOutput", "check_reward", "load_reward"]
 

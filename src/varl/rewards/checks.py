@@ -79,7 +79,8 @@ def checked_polygons(own: Any) -> list[Polygon]:
     """
     polygons, points = [], 0
     for polygon in own:
-        array = np.array(polygon, np.float32)
+        given = polygon.detach().cpu() if isinstance(polygon, Tensor) else polygon
+        array = np.asarray(given, np.float32).copy()
         points += len(array) if array.ndim else 0
         if points > MOST_POINTS:
             raise ValueError(

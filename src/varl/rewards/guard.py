@@ -102,7 +102,9 @@ def _torch_settings() -> Iterator[Callable[[], None]]:
     yield _putting_back(torch.get_default_dtype, torch.set_default_dtype)
     # The CPU is what there is without a default; as a default it would slow every call down.
     cpu = torch.device("cpu")
-    yield _putting_back(torch.get_default_device, lambda device: torch.set_default_device(None if device == cpu else device))
+    yield _putting_back(
+        torch.get_default_device, lambda device: torch.set_default_device(None if device == cpu else device)
+    )
     yield _putting_back(torch.get_num_threads, torch.set_num_threads)
     yield _putting_back(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode)
     yield _putting_back(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
