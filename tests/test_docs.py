@@ -51,7 +51,7 @@ def command_lines() -> list[tuple[str, str]]:
 
 
 def varl_commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every varl command, torchrun's too; a recipe that is to be made or chosen is one that is here."""
+    """(page, words) of every varl command, torchrun's too; a recipe that is to be made or chosen is one of ours."""
     found = []
     for page, line in command_lines():
         words = shlex.split(line, comments=True)

@@ -50,7 +50,8 @@ class Moody:
             with multiprocessing.get_context("fork").Pool(2) as pool:
                 return [float(sum(pool.map(square, range(4))))] * len(images)
         score = images.mean((1, 2, 3)) * self.factor
-        return RewardOutput(score, regions=[[np.ones((4, 2))]] * len(images), parts={"a": score}, texts=["TEA"] * len(images))
+        regions = [[np.ones((4, 2))]] * len(images)
+        return RewardOutput(score, regions=regions, parts={"a": score}, texts=["TEA"] * len(images))
     def describe(self):
         return {"version": 7}
     def check(self, prompts):

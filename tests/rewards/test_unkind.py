@@ -57,7 +57,8 @@ def in_a_helper() -> None:
 
 
 ENDS: list[Callable[[], Any]] = [
-    lambda: sys.exit(0), lambda: sys.exit("bye"), lambda: os._exit(0), lambda: os._exit(3), in_a_helper, leave, own, cancelled,
+    lambda: sys.exit(0), lambda: sys.exit("bye"), lambda: os._exit(0), lambda: os._exit(3), in_a_helper, leave, own,
+    cancelled,
 ]  # fmt: skip
 
 
@@ -190,7 +191,6 @@ MODES: dict[str, Callable[[], Any]] = {
     "handlers": set_handlers,
     "alarm": leave_an_alarm,
     "garbage": gc.disable,
-    "stdout": lambda: setattr(sys, "stdout", None),
     "locale": lambda: locale.setlocale(locale.LC_ALL, "C.UTF-8"),
 }
 
@@ -227,7 +227,6 @@ def modes() -> dict[str, Any]:
         ),
         "alarm": (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)),
         "garbage": gc.isenabled(),
-        "stdout": sys.stdout,
         "locale": locale.setlocale(locale.LC_ALL),
     }
 

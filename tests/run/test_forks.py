@@ -1,4 +1,4 @@
-"""Processes that a run forks, such as those of a reward's pool, are no part of it: they can be ended, and hold nothing."""
+"""Processes that a run forks, such as those of a reward's pool, can be ended, and hold nothing of the run."""
 
 from __future__ import annotations
 

@@ -306,9 +306,9 @@ def _unions(pieces: list[Array], polygon_starts: list[int], scale: Array, grid: 
 def _areas(pieces: list[Array], scale: Array, grid: tuple[int, int]) -> Array:
     """[pieces, h, w]: the fraction of each cell that each piece covers.
 
-    An edge, going down by dy inside cell (i, j) at mean distance f from the cell's left side, adds an area of dy (1 - f)
-    to that cell and of dy to every cell on its right: what it leaves at (i, j) and (i, j + 1) is summed along the row
-    at the end. Around a closed polygon the signed areas add up to the covered one.
+    An edge, going down by dy inside cell (i, j) at mean distance f from the cell's left side, adds an area of
+    dy (1 - f) to that cell and of dy to every cell on its right: what it leaves at (i, j) and (i, j + 1) is summed
+    along the row at the end. Around a closed polygon the signed areas add up to the covered one.
     """
     h, w = grid
     lengths = np.array([len(piece) for piece in pieces])

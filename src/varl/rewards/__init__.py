@@ -62,7 +62,7 @@ def _ocr_reward(options: dict[str, Any]) -> Reward:
 def _python_reward(name: str, options: dict[str, Any]) -> Reward:
     from varl.rewards.python import PythonReward, import_callable
 
-    own = {key: options.pop(key) for key in ("timeout_s", "process") if key in options}
+    own: Mapping[str, Any] = {key: options.pop(key) for key in ("timeout_s", "process") if key in options}
     calling = fill(_Calling, own, f"reward {name!r}")
     if not calling.process:
         return PythonReward(import_callable(name, options), name=name, timeout_s=calling.timeout_s)
@@ -91,8 +91,8 @@ def _check(reward: Reward, prompts: Sequence[Prompt]) -> None:
         characters = sum(map(len, prompt.words))
         if characters > MOST_CHARACTERS:
             raise ValueError(
-                f"prompt {number} of {len(prompts)} ({prompt.text!r:.80}) wants {characters:,} characters of text in its "
-                f"picture; {MOST_CHARACTERS:,} are the most that are compared with what is read"
+                f"prompt {number} of {len(prompts)} ({prompt.text!r:.80}) wants {characters:,} characters of text in "
+                f"its picture; {MOST_CHARACTERS:,} are the most that are compared with what is read"
             )
     check = getattr(reward, "check", None)
     if callable(check) and prompts:

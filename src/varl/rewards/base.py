@@ -38,7 +38,7 @@ class RewardOutput:
     """
 
     score: Tensor
-    failed: Tensor = cast(Tensor, None)
+    failed: Tensor = None  # type: ignore[assignment]
     regions: list[list[Polygon]] | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     texts: list[str] | None = None

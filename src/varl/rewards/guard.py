@@ -6,11 +6,11 @@ import gc
 import locale
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,7 +51,7 @@ def undisturbed() -> Iterator[None]:
 
     These are torch's modes (gradients, inference, autocast, default type and device, threads, determinism, anomalies,
     precision of products), numpy's handling of errors, the working directory, the locale, signal handlers and masks,
-    alarms, the standard streams and the garbage collector. Not the random generators: rewards may draw from them.
+    alarms and the garbage collector. Not the random generators: rewards may draw from them.
     ``os._exit`` raises a ``SystemExit`` inside, for there is no other way to survive it; under a name that was bound
     before (``from os import _exit``) it does end the process.
     """
@@ -113,21 +113,12 @@ def _torch_settings() -> Iterator[Callable[[], None]]:
         lambda modes: torch.autograd.set_detect_anomaly(*modes),
     )
     for device in _DEVICES:
-        yield _putting_back(
-            lambda device=device: torch.is_autocast_enabled(device),
-            lambda on, device=device: torch.set_autocast_enabled(device, on),
-        )
-        yield _putting_back(
-            lambda device=device: torch.get_autocast_dtype(device),
-            lambda dtype, device=device: torch.set_autocast_dtype(device, dtype),
-        )
+        yield _putting_back(partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device))
+        yield _putting_back(partial(torch.get_autocast_dtype, device), partial(torch.set_autocast_dtype, device))
     yield _putting_back(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
     yield _putting_back(_autocast_nesting, _set_autocast_nesting)
     for name in _CUDNN:
-        yield _putting_back(
-            lambda name=name: getattr(torch.backends.cudnn, name),
-            lambda value, name=name: setattr(torch.backends.cudnn, name, value),
-        )
+        yield _putting_back(partial(getattr, torch.backends.cudnn, name), partial(setattr, torch.backends.cudnn, name))
 
 
 def _autocast_nesting() -> int:
@@ -146,11 +137,9 @@ def _set_autocast_nesting(depth: int) -> None:
 
 def _settings() -> Iterator[Callable[[], None]]:
     yield _putting_back(np.geterr, lambda ways: np.seterr(**ways))
-    yield _putting_back(_folder, lambda folder: folder and os.chdir(folder))
+    yield _putting_back(_folder, _go_to)
     yield _putting_back(lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name))
     yield _putting_back(gc.isenabled, lambda on: gc.enable() if on else gc.disable())
-    for name in ("stdin", "stdout", "stderr"):
-        yield _putting_back(lambda name=name: getattr(sys, name), lambda stream, name=name: setattr(sys, name, stream))
     if threading.current_thread() is threading.main_thread():
         yield _putting_back(_handlers, _set_handlers)
     if hasattr(signal, "setitimer"):
@@ -168,6 +157,11 @@ def _folder() -> str | None:
     with suppress(OSError):  # it was removed
         return os.getcwd()
     return None
+
+
+def _go_to(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
 
 
 def _handlers() -> dict[int, Any]:

@@ -239,8 +239,12 @@ class OcrReward:
         plain = fill(_Plain, {"timeout_s": timeout_s, "eps": eps, "fold": fold}, "options")
         self.regions, self.fold = regions, plain.fold
         self.options: dict[str, Any] = {
-            "bag": bag, "repeated": repeated, "eps": plain.eps, "confusables": dict(confusables or {}), "fold": self.fold
-        }  # fmt: skip
+            "bag": bag,
+            "repeated": repeated,
+            "eps": plain.eps,
+            "confusables": dict(confusables or {}),
+            "fold": plain.fold,
+        }
         ocr_score(["a"], [], **self.options)  # options are checked before any work
         self._table = _table(confusables, self.fold)
         self.reader = _reader(engine, plain.timeout_s)

@@ -120,7 +120,7 @@ def _taken(spec: str, target: Callable[..., Any], args: tuple[Any, ...], options
     except TypeError as error:
         raise UnknownOption(f"reward {spec!r} cannot take the options {sorted(options)}: {error}") from error
     try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)  # type: ignore[misc]
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except Exception:  # names that are there for type checkers only
         hints = {}
     return {

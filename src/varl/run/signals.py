@@ -14,7 +14,7 @@ from varl.errors import Interrupted
 __all__ = ["Interrupts", "exit_at_once", "leave_to_the_run"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_DEFAULTS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 def _forget_in_child() -> None:
