@@ -66,7 +66,7 @@ def test_masks_are_on_for_all_if_any_process_has_regions(folder: Path) -> None:
 def test_one_process_has_what_its_reward_gave() -> None:
     output = RewardOutput(torch.zeros(2), torch.zeros(2, dtype=torch.bool))
     assert Distributed().alike(output).regions is None
-    held = output.holding(["part"], True, True)
+    held = output.holding(RewardOutput(torch.zeros(0), None, [], {"part": torch.zeros(0)}, []))
     assert held.regions == [[], []]
     assert held.texts == ["", ""]
     assert held.parts["part"].isnan().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from rich.text import Text
 from varl.config import TrainConfig
 from varl.console import console, progress_bar
 from varl.distributed import Distributed
+from varl.doctor import check_legibility
 from varl.errors import checking, naming_memory
 from varl.evaluation.held_out import comparison_table
 from varl.loading import choose_device
@@ -53,6 +55,8 @@ __all__ = [
     "train",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def from_recipe(recipe: TrainConfig, config: type) -> dict[str, Any]:
     """What a recipe says of another command's settings, as plain values.
@@ -88,6 +92,10 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
     console.quiet = not distributed.main
     with checking():
         trainer = Trainer(config, distributed)
+    if distributed.main:
+        for check in check_legibility(trainer.reward, [*trainer.stream.prompts, *trainer.held_out], 40, 2.0):
+            if not check.fine:
+                logger.warning("on a clean picture the OCR reward %s; such words cannot be learned", check.found)
     total = config.run.updates
     about = f": {trainer.schedule.describe()}; run folder {config.run.out}"
     console.print(Text.assemble((config.policy.family, "bold"), about), soft_wrap=True)

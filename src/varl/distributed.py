@@ -188,10 +188,13 @@ class Distributed:
         must not: each process would wait in another place for the others.
         """
         own = [list(output.parts), output.regions is not None, output.texts is not None]
-        of_all = self.gather_values(own)
-        parts = dict.fromkeys(name for names, _, _ in of_all for name in names)
-        regions, texts = (any(held[i] for held in of_all) for i in (1, 2))
-        return output.holding(list(parts), regions, texts)
+        for names, regions, texts in self.gather_values(own):
+            none = torch.zeros(0)
+            parts = dict.fromkeys(names, none)
+            output = output.holding(
+                RewardOutput(none, none.bool(), [] if regions else None, parts, [] if texts else None)
+            )
+        return output
 
     def gather_scores(self, output: RewardOutput) -> RewardOutput:
         """Everyone's scores and their parts, in order, without regions and texts; what a process lacks is NaN."""

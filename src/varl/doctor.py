@@ -10,12 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from varl.policy import Condition, Policy, Prompt
 from varl.rewards import Reward
+from varl.rewards.ocr import OcrReward
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
-__all__ = ["Check", "check_enough", "check_policy", "check_reader"]
+__all__ = ["Check", "check_enough", "check_legibility", "check_policy", "check_reader"]
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,18 @@ def check_reader(reward: Reward) -> Check:
     read = output.texts[0] if output.texts else ""
     fine = "harbel" in read.lower() if output.texts is not None else True
     return Check("the reward is alive", fine, f"read {read!r}, score {float(output.score[0]):.2f}")
+
+
+def check_legibility(
+    reward: Reward, prompts: Sequence[Prompt], most: int = 100, seconds: float = 5.0
+) -> Iterator[Check]:
+    """Check that the OCR reward's own engine reads the prompts' words where they are drawn in plain black on white.
+
+    Args:
+        most: different words to check, the shortest first.
+        seconds: begin no other word after that.
+    """
+    if isinstance(reward, OcrReward):
+        found = reward.legibility(prompts, most, seconds)
+        if found is not None:
+            yield Check("wanted words can be read", not found.unread, str(found))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from varl.errors import Interrupted
+from varl.run.signals import exit_at_once
 
 __all__ = ["OUTLIVED_S", "end_with_launcher", "guarded"]
 
@@ -31,7 +32,7 @@ def end_with_launcher() -> None:
 def _end_without(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
-    os._exit(1)
+    exit_at_once(1)
 
 
 @contextmanager
@@ -76,4 +77,4 @@ def _watch(store: dist.Store, done: threading.Event) -> None:
         except RuntimeError:  # whoever kept the store is gone
             failed = True
         if failed and not done.wait(GRACE_S):
-            os._exit(1)
+            exit_at_once(1)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from varl.config import PolicyConfig
 from varl.console import console, progress_bar
-from varl.doctor import check_enough, check_policy, check_reader
+from varl.doctor import check_enough, check_legibility, check_policy, check_reader
 from varl.errors import checking, naming_memory
 from varl.evaluation.held_out import evaluate as evaluate_policy
 from varl.loading import autocast, choose_device, prepare
@@ -20,7 +20,7 @@ from varl.policy import Policy, Prompt
 from varl.probe import check_counts
 from varl.probe import probe as probe_policy
 from varl.prompts import check_prompts, quoted_words, resolve_prompts
-from varl.rewards import load_reward
+from varl.rewards import check_reward, load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.files import check_writable, writing
 from varl.run.gallery import save_pictures
@@ -140,6 +140,7 @@ def evaluate(config: EvaluateConfig) -> None:
             check_writable(config.out)
         prompts = resolve_prompts(config.source, count=config.count, seed=config.prompt_seed)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        check_reward(reward, prompts, config.source)
         check_prompts(policy, prompts, schedule)
     with naming_memory(LOWER), progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(prompts), note="")
@@ -211,6 +212,7 @@ def probe(config: ProbeConfig) -> None:
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]
         check_counts(len(prompts), config.prefixes, config.continuations)
         reward, (policy, schedule, precision) = load_reward(config.reward), _load(config.policy, config.device)
+        check_reward(reward, prompts, config.source)
         check_prompts(policy, prompts, schedule)
     with naming_memory(LOWER), progress_bar() as bar, precision:
         task = bar.add_task("probing", total=None, note="")
@@ -256,12 +258,15 @@ class DoctorConfig:
 def doctor(config: DoctorConfig) -> int:
     """Check what training relies on: exact on-policy ratios, caches, batches, seeds and the reward."""
     with checking():
-        prompts = resolve_prompts(config.source, count=4)[:4]
+        every = resolve_prompts(config.source)
+        prompts = every[:4]
         check_enough(prompts)
         reward, (policy, schedule, _) = load_reward(config.reward), _load(config.policy, config.device)
+        check_reward(reward, every, config.source)
         check_prompts(policy, prompts, schedule)
     failed = 0
-    for check in [*check_policy(policy, prompts, schedule=schedule), check_reader(reward)]:
+    checks = [*check_policy(policy, prompts, schedule=schedule), check_reader(reward), *check_legibility(reward, every)]
+    for check in checks:
         mark = Text("ok  ", "green") if check.fine else Text("FAIL", "red")
         console.print(mark, f"{check.name}: {check.found}")
         failed += not check.fine

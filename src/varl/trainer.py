@@ -30,7 +30,7 @@ from varl.loading import autocast, choose_device, frozen_copy, prepare
 from varl.models import save_policy
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, check_prompts, resolve_prompts
-from varl.rewards import RewardOutput, load_reward
+from varl.rewards import RewardOutput, check_reward, load_reward
 from varl.rewards.scoring import Scoring
 from varl.rollout import Rollout
 from varl.run import faults, state
@@ -114,6 +114,8 @@ class Trainer:
             if sampling.top_k > self.policy.classes:
                 raise ValueError(f"{name}.top_k is {sampling.top_k}; there are only {self.policy.classes} classes")
         self.reward = load_reward(config.reward)
+        check_reward(self.reward, prompts, p.source)
+        check_reward(self.reward, self.held_out, e.source)
         self.lora = config.policy.lora.rank > 0
         self.reference: Policy | None = None
         if config.method.needs_reference:

@@ -9,9 +9,12 @@ import threading
 import pytest
 import torch
 
+import tiny_runs
 from patience import PATIENCE
+from varl.errors import InputError
 from varl.policy import Prompt
-from varl.rewards import RewardOutput, load_reward
+from varl.rewards import RewardOutput, check_reward, load_reward
+from varl.rewards.engine import OcrConfig
 from varl.rewards.ocr import OcrReward
 from varl.rewards.python import PythonReward
 
@@ -185,3 +188,147 @@ def test_a_hanging_callable_hits_the_time_limit():
     reward.timeout_s = PATIENCE
     assert not reward(IMAGES, PROMPTS).failed.any()
     assert "TimeoutError: an earlier call still hangs" in reward.failures.reasons
+
+
+FAULTY = """
+import sys, typing
+CONSTANT = None
+class Models:
+    def __init__(self, size):
+        self.models = {"large": 1}[size]
+class Leaves:
+    def __init__(self):
+        sys.exit(0)
+class Made:
+    def __init__(self, value: float = 1.0, many: int | None = None, on: bool = False, plain=0.5, label: str = ""):
+        self.given = value, many, on, plain, label
+    def __call__(self, images, prompts):
+        return [0.0] * len(prompts)
+    def describe(self):
+        raise KeyError("version")
+    def check(self, prompts):
+        if not prompts[0].words:
+            raise ValueError("no words")
+        raise KeyError("check")
+def later(images, prompts, rate: "float" = 1.0):
+    return [rate] * len(prompts)
+def __getattr__(name):
+    if name == "moody":
+        raise RuntimeError("not today")
+    raise AttributeError(name)
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    (tmp_path / "faulty_rewards.py").write_text(FAULTY)
+    (tmp_path / "breaks_on_import.py").write_text('import os\nsizes = {}\nsizes["mini"]\n')
+    (tmp_path / "leaves_on_import.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "no_python.py").write_text("x = 1\ndef broken(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("faulty_rewards", "breaks_on_import", "leaves_on_import", "no_python"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("process", [False, pytest.param(True, id="process")])
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "breaks_on_import:fn"}, r"cannot be imported: KeyError: 'mini' \(breaks_on_import.py, line 3\)"),
+        (
+            {"name": "faulty_rewards:Models", "size": "mini"},
+            r"cannot be made: KeyError: 'mini' \(faulty_rewards.py, line 6\)",
+        ),
+    ],
+)
+def test_errors_of_ones_own_code_keep_type_name_and_line(faulty, spec, words, process):
+    with pytest.raises(ValueError, match=f"reward '{spec['name']}' {words}"):
+        load_reward(spec | {"process": process})
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("leaves_on_import:fn", r"cannot be imported: SystemExit: 0 \(leaves_on_import.py, line 2\)"),
+        ("no_python:fn", r"cannot be imported: SyntaxError: .* \(no_python.py, line 2\)"),
+        ("faulty_rewards:Leaves", r"cannot be made: SystemExit: 0 \(faulty_rewards.py, line 9\)"),
+        ("faulty_rewards:moody", r"cannot be found: RuntimeError: not today \(faulty_rewards.py, line 25\)"),
+    ],
+)
+def test_whatever_ones_own_code_raises_is_bad_input(faulty, spec, words):
+    with pytest.raises(ValueError, match=words):
+        load_reward(spec)
+
+
+def test_a_module_that_is_missing_inside_is_named_with_its_line(module):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"reward 'imports_nothing:fn' imports \(imports_nothing.py, line 1\)"
+    ):
+        load_reward("imports_nothing:fn")
+
+
+def test_unknown_things_are_errors_of_the_input(faulty):
+    """Also where only those of the library's own classes are."""
+    for spec in (
+        {"name": "faulty_rewards:Made", "colour": 1},
+        "faulty_rewards:nothing",
+        "faulty_rewards:CONSTANT",
+        {"name": "ocr", "colour": 1},
+    ):
+        with pytest.raises(InputError):
+            load_reward(spec)
+
+
+def test_a_description_that_fails_is_no_end_of_an_evaluation(faulty):
+    said = load_reward("faulty_rewards:Made").describe()
+    assert said["describe() failed"] == "KeyError: 'version' (faulty_rewards.py, line 16)"
+
+
+def test_a_check_of_ones_own(faulty):
+    reward = load_reward("faulty_rewards:Made")
+    with pytest.raises(ValueError, match=r"source: reward 'faulty_rewards:Made': no words"):
+        check_reward(reward, [Prompt()], "source")
+    with pytest.raises(ValueError, match=r"its check failed: KeyError: 'check' \(faulty_rewards.py, line 20\)"):
+        check_reward(reward, [Prompt(words=("a",))])
+    check_reward(load_reward("faulty_rewards:later"), [Prompt()])
+
+
+def test_options_that_come_as_text_are_what_their_parameters_are(faulty):
+    text = {"value": "2", "many": "3", "on": "true", "plain": "0.25", "label": "7", "timeout_s": "2.5"}
+    reward = load_reward({"name": "faulty_rewards:Made", **text})
+    assert reward.fn.given == (2.0, 3, True, 0.25, "7")
+    assert reward.timeout_s == 2.5
+    assert load_reward({"name": "faulty_rewards:Made", "many": "null"}).fn.given[1] is None
+    assert load_reward({"name": "faulty_rewards:later", "rate": "0.5"})(IMAGES, PROMPTS).score.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "faulty_rewards:Made", "many": "few"}, "reward 'faulty_rewards:Made': many must be int, got 'few'"),
+        ({"name": "faulty_rewards:Made", "plain": "x"}, "plain must be float, got 'x'"),
+        ({"name": "faulty_rewards:later", "timeout_s": "soon"}, "reward 'faulty_rewards:later': timeout_s must be"),
+        ({"name": "faulty_rewards:later", "timeout_s": float("nan")}, "timeout_s must be positive"),
+        ({"name": "faulty_rewards:later", "process": "perhaps"}, "process must be bool"),
+        ({"name": "ocr", "engine": {"threads": "many"}}, "reward 'ocr': engine: threads must be int, got 'many'"),
+        ({"name": "ocr", "engine": {"threads": "0"}}, "reward 'ocr': .*0"),
+        ({"name": "ocr", "engine": "large"}, "reward 'ocr': engine is a mapping"),
+        ({"name": "ocr", "timeout_s": "soon"}, "reward 'ocr': options: timeout_s must be"),
+        ({"name": "ocr", "fold": "perhaps"}, "reward 'ocr': options: fold must be bool"),
+        ({"name": "ocr", "confusables": "0o"}, "reward 'ocr': confusables is a mapping"),
+    ],
+)
+def test_values_that_options_cannot_have(faulty, spec, words):
+    with pytest.raises(ValueError, match=words):
+        load_reward(spec)
+
+
+def test_options_of_the_ocr_reward_from_the_command_line():
+    words = ("--reward.name", "ocr", "--reward.engine.threads", "2", "--reward.eps", "1e-4", "--reward.fold", "false")
+    reward = load_reward(tiny_runs.parse("train", *words).reward)
+    assert reward.reader.config == OcrConfig(threads=2)
+    assert (reward.options["eps"], reward.fold) == (1e-4, False)
+    text = {"threads": "2", "det_thresh": "0.4", "word_boxes": "true", "det_model": "null"}
+    assert OcrReward(text).reader.config == OcrConfig(threads=2, det_thresh=0.4, word_boxes=True)

@@ -1,8 +1,7 @@
 """Mask Propagation: which tokens of every step a region of the picture came from.
 
 Cells are real rectangles: cell (i, j) of an h x w grid covers [i/h, (i+1)/h) x [j/w, (j+1)/w) of the picture.
-Two cells overlap if they share an area; touching along an edge is not overlap. Grids need not divide each
-other.
+Two cells overlap if they share an area; touching along an edge is not overlap. Grids need not divide each other.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varl.algorithm.portions import few_at_a_time
 from varl.schedule import ScaleSchedule
 
 __all__ = [
@@ -250,9 +250,8 @@ def _merge_continuations(mask_NL: Tensor, k: int, merge: Merge, empty: Empty) ->
 
 
 def _overlap_max(mask_N1hw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The largest value among overlapped cells. Adaptive pooling's windows, floor(i h'/h) to ceil((i+1)
-    h'/h), are exactly the cells that share an area with cell i, whether or not the sides divide each
-    other."""
+    """The largest value among overlapped cells. Adaptive pooling's windows, floor(i h'/h) to ceil((i+1) h'/h), are
+    exactly the cells that share an area with cell i, whether or not the sides divide each other."""
     if mask_N1hw.shape[0] == 0:
         return mask_N1hw.new_zeros(0, 1, *grid)
     return F.adaptive_max_pool2d(mask_N1hw, grid)
@@ -269,19 +268,19 @@ def _rasterise(
     """[N, h, w] float32 of N pictures; see ``rasterise``."""
     out = np.zeros((len(regions), *grid), np.float32)
     scale = np.array([grid[1] / image_size[1], grid[0] / image_size[0]])
-    for first in range(0, len(regions), _CHUNK):
+    for some in few_at_a_time([len(polygons) * grid[0] * grid[1] for polygons in regions], _CHUNK):
         pieces: list[Array] = []
         polygon_starts: list[int] = []
         picture: list[int] = []
-        for n, polygons in enumerate(regions[first : first + _CHUNK], first):
-            for polygon in polygons:
+        for n in some:
+            for polygon in regions[n]:
                 if len(polygon):
                     polygon_starts.append(len(pieces))
                     picture.append(n)
                     pieces.extend(_pieces(polygon, shape, dilation))
         if not pieces:
             continue
-        covered = np.maximum.reduceat(_areas(pieces, scale, grid), polygon_starts, axis=0)
+        covered = _unions(pieces, polygon_starts, scale, grid)
         covered[covered <= _SLIVER] = 0.0
         if mode == "overlap":
             covered = (covered > 0).astype(np.float64)
@@ -290,13 +289,28 @@ def _rasterise(
     return out
 
 
+def _unions(pieces: list[Array], polygon_starts: list[int], scale: Array, grid: tuple[int, int]) -> Array:
+    """[polygons, h, w]: the largest fraction of each cell that a piece of each polygon covers."""
+    h, w = grid
+    parts = list(few_at_a_time([max(len(piece) * (h + w + 4), h * (w + 1)) for piece in pieces], len(pieces)))
+    if len(parts) == 1:
+        covered = _areas(pieces, scale, grid)
+        return covered if len(polygon_starts) == len(pieces) else np.maximum.reduceat(covered, polygon_starts, axis=0)
+    out = np.zeros((len(polygon_starts), h, w))
+    polygon = np.searchsorted(polygon_starts, np.arange(len(pieces)), side="right") - 1
+    for part in parts:
+        owners, starts = np.unique(polygon[part.start : part.stop], return_index=True)
+        covered = np.maximum.reduceat(_areas(pieces[part.start : part.stop], scale, grid), starts, axis=0)
+        out[owners] = np.maximum(out[owners], covered)
+    return out
+
+
 def _areas(pieces: list[Array], scale: Array, grid: tuple[int, int]) -> Array:
     """[pieces, h, w]: the fraction of each cell that each piece covers.
 
     An edge, going down by dy inside cell (i, j) at mean distance f from the cell's left side, adds an area of
-    dy (1 - f) to
-    that cell and of dy to every cell on its right: what it leaves at (i, j) and (i, j + 1) is summed along
-    the row at the end. Around a closed polygon the signed areas add up to the covered one.
+    dy (1 - f) to that cell and of dy to every cell on its right: what it leaves at (i, j) and (i, j + 1) is summed
+    along the row at the end. Around a closed polygon the signed areas add up to the covered one.
     """
     h, w = grid
     lengths = np.array([len(piece) for piece in pieces])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from varl.distributed import Distributed
 from varl.errors import RunError
 from varl.policy import Policy, Prompt
-from varl.rewards.base import Reward
+from varl.rewards.base import Reward, RewardOutput
 from varl.rewards.ocr import word_hits, word_neds
 from varl.rollout import rollout, row_generators
 from varl.sampling import Sampling
@@ -167,7 +167,8 @@ def evaluate(
 
     A picture's draws depend on (seed, number of its prompt, number of the sample) and on nothing else; another batch
     size changes it only where rounding of the logits flips a draw. Words are counted if the reward tells what it read
-    (``RewardOutput.texts``); lower case, split at white space, as CVTG-2K does.
+    (``RewardOutput.texts``); split at white space as CVTG-2K does, and folded (``varl.rewards.folding.fold``), which
+    for ASCII is its lower case, or in lower case only where the reward has ``fold`` False.
 
     Args:
         policy: evaluated in eval mode, and left in the mode it was in.
@@ -197,8 +198,7 @@ def evaluate(
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     distributed, schedule = distributed or Distributed(), schedule or policy.default_schedule
-    images, rewards = [torch.zeros(0, 3, *schedule.image_size)], [torch.zeros(0)]
-    texts: list[str] | None = []
+    images, outputs = [torch.zeros(0, 3, *schedule.image_size)], [RewardOutput.failed_like(0)]
     try:
         total = len(prompts) * s
         mine = distributed.portion(total)
@@ -209,22 +209,24 @@ def evaluate(
             with precision or nullcontext():
                 drawn = rollout(policy, policy.condition(shown, schedule), sampling, generators)
                 images.append(policy.decode(drawn.actions, schedule).float().cpu())
-            output = reward(images[-1], shown)
-            rewards.append(output.score.masked_fill(output.failed, torch.nan).float().cpu())
-            texts = None if texts is None or output.texts is None else texts + output.texts
+            outputs.append(reward(images[-1], shown))
             if progress is not None:
                 progress(rows.stop - mine.start, len(mine))
     finally:
         for part, training in modes:
             part.training = training
-    scores = distributed.gather(torch.cat(rewards)).numpy()
-    read = distributed.gather_values(texts)
-    texts = None if None in read else [text for one in read for text in one]
+    # A batch that failed as a whole, here or in another process, does not say whether the reward reads.
+    output = RewardOutput.joined(outputs)
+    scores = distributed.gather(output.score.masked_fill(output.failed, torch.nan).float().cpu()).numpy()
+    read = distributed.gather_values([len(mine), output.texts])
+    reads = any(own for _, own in read)
+    texts = [text for pictures, own in read for text in own or [""] * pictures] if reads else None
     if np.isnan(scores).all():
         reasons = getattr(getattr(reward, "failures", None), "reasons", {})
         why = f": {'; '.join(reasons)}" if reasons else ""
         raise RunError(f"none of the {total} pictures could be scored{why}")
-    counted = None if texts is None else _count([prompts[row // s] for row in range(total)], texts, scores)
+    fold = bool(getattr(reward, "fold", True))
+    counted = None if texts is None else _count([prompts[row // s] for row in range(total)], texts, scores, fold)
     return Evaluation(
         prompts=list(prompts),
         samples_per_prompt=s,
@@ -297,15 +299,15 @@ def _wanted(prompt: Prompt) -> int:
     return sum(len(word.split()) for word in prompt.words)
 
 
-def _count(shown: Sequence[Prompt], texts: Sequence[str], scores: Array) -> tuple[Array, Array] | None:
+def _count(shown: Sequence[Prompt], texts: Sequence[str], scores: Array, fold: bool) -> tuple[Array, Array] | None:
     """Hits and summed NED of every picture, NaN where it was not scored; None if no scored prompt wants words."""
     scored = [row for row, score in enumerate(scores) if not np.isnan(score)]
     if not any(_wanted(shown[row]) for row in scored):
         return None
     hits, neds = np.full(len(texts), np.nan), np.full(len(texts), np.nan)
     for row in scored:
-        hits[row] = sum(word_hits(shown[row].words, [texts[row]]))
-        neds[row] = sum(word_neds(shown[row].words, [texts[row]]))
+        hits[row] = sum(word_hits(shown[row].words, [texts[row]], fold))
+        neds[row] = sum(word_neds(shown[row].words, [texts[row]], fold))
     return hits, neds
 
 

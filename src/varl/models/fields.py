@@ -10,7 +10,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 from varl.recipes import parse_yaml
 
-__all__ = ["fill"]
+__all__ = ["fill", "read"]
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def fill(kind: type[T], given: Mapping[str, Any] | T | None, what: str) -> T:
     hints = get_type_hints(kind)
     for name, value in values.items():
         try:
-            values[name] = _read(hints[name], value)
+            values[name] = read(hints[name], value)
         except (TypeError, ValueError) as error:
             right = getattr(hints[name], "__name__", "") if isinstance(hints[name], type) else str(hints[name])
             raise ValueError(f"{what}: {name} must be {right}, got {value!r}") from error
@@ -47,15 +47,19 @@ def fill(kind: type[T], given: Mapping[str, Any] | T | None, what: str) -> T:
         raise ValueError(f"the settings of {what} cannot be used: {error}") from error
 
 
-def _read(hint: Any, value: Any) -> Any:
-    """The value as a type hint wants it; TypeError or ValueError if it is none."""
+def read(hint: Any, value: Any) -> Any:
+    """The value as a type hint wants it, which may be text that spells it.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
     options, origin = get_args(hint), get_origin(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
         for option in sorted(options, key=lambda option: option is str):
             try:
-                return _read(option, value)
+                return read(option, value)
             except (TypeError, ValueError):
                 continue
         raise TypeError
@@ -65,7 +69,7 @@ def _read(hint: Any, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError
         each = options[:1] * len(value) if options[-1] is ... else options
-        return tuple(_read(one, item) for one, item in zip(each, value, strict=True))
+        return tuple(read(one, item) for one, item in zip(each, value, strict=True))
     if hint is bool and value in (0, 1):
         return bool(value)
     if (hint is int and isinstance(value, Integral)) or (hint is float and isinstance(value, Real)):

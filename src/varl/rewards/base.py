@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class RewardOutput:
         score: [B] float32, any range; higher is better. NaN for failed pictures, so that nobody averages
             them in.
         failed: [B] bool; pictures that could not be scored. Their groups are dropped and counted, never
-            scored 0.
+            scored 0. If left out: those whose score is not finite.
         regions: per picture, the polygons of the picture that set its score, for mask propagation; an empty
             list means "none found". None if this reward has no notion of regions.
         parts: named terms of the score, each [B] float32, for the log.
@@ -38,10 +38,14 @@ class RewardOutput:
     """
 
     score: Tensor
-    failed: Tensor
+    failed: Tensor = None  # type: ignore[assignment]
     regions: list[list[Polygon]] | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     texts: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if cast(Tensor | None, self.failed) is None:
+            self.failed = ~torch.as_tensor(self.score).isfinite()
 
     @classmethod
     def from_scores(cls, scores: Tensor | Sequence[float], batch: int) -> RewardOutput:
@@ -58,29 +62,41 @@ class RewardOutput:
         failed = ~torch.isfinite(score)
         return cls(score=score.masked_fill(failed, torch.nan), failed=failed)
 
-    def holding(self, parts: Sequence[str], regions: bool, texts: bool) -> RewardOutput:
-        """The output with more fields, where it lacks them: parts that are NaN, no region found, no text read."""
-        count = len(self.score)
-        lacking = {name: torch.full((count,), torch.nan) for name in parts if name not in self.parts}
-        return RewardOutput(
-            self.score,
-            self.failed,
-            [[] for _ in range(count)] if regions and self.regions is None else self.regions,
-            self.parts | lacking,
-            [""] * count if texts and self.texts is None else self.texts,
-        )
+    @classmethod
+    def failed_like(cls, batch: int, like: RewardOutput | None = None) -> RewardOutput:
+        """``batch`` failed pictures, with every field that ``like`` holds: parts NaN, no region, nothing read."""
+        failed = cls(torch.full((batch,), torch.nan), torch.ones(batch, dtype=torch.bool))
+        return failed if like is None else failed.holding(like)
+
+    def holding(self, *others: RewardOutput) -> RewardOutput:
+        """This output with every field that others hold too: where it has none, parts NaN, no region, nothing read."""
+        batch, everyone = len(self.score), (self, *others)
+        regions, texts = self.regions, self.texts
+        if regions is None and any(one.regions is not None for one in others):
+            regions = [[] for _ in range(batch)]
+        if texts is None and any(one.texts is not None for one in others):
+            texts = [""] * batch
+        names = dict.fromkeys(name for one in everyone for name in one.parts)  # each once, in the order met
+        unknown = torch.full((batch,), torch.nan)
+        return replace(self, regions=regions, parts={n: self.parts.get(n, unknown) for n in names}, texts=texts)
 
     @classmethod
     def joined(cls, outputs: Sequence[RewardOutput]) -> RewardOutput:
-        """The outputs of parts of a batch, in order, as one."""
-        regions = [output.regions for output in outputs if output.regions is not None]
-        texts = [output.texts for output in outputs if output.texts is not None]
+        """The outputs of parts of a batch, in order, as one, which holds every field that any of them holds.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not outputs:
+            raise ValueError("there is no output to join")
+        outputs = [output.holding(*outputs) for output in outputs]
+        names = outputs[0].parts
         return cls(
             torch.cat([output.score for output in outputs]),
             torch.cat([output.failed for output in outputs]),
-            [region for part in regions for region in part] if len(regions) == len(outputs) else None,
-            {name: torch.cat([output.parts[name] for output in outputs]) for name in outputs[0].parts},
-            [text for part in texts for text in part] if len(texts) == len(outputs) else None,
+            None if outputs[0].regions is None else [own for output in outputs for own in output.regions or []],
+            {name: torch.cat([output.parts[name] for output in outputs]) for name in names},
+            None if outputs[0].texts is None else [text for output in outputs for text in output.texts or []],
         )
 
 
@@ -98,12 +114,14 @@ class FailureLog:
         self.total = 0
         self.reasons: dict[str, int] = {}
 
-    def add(self, reason: str, pictures: int = 1) -> None:
+    def add(self, reason: str, pictures: int = 1, where: str = "") -> None:
+        """Count pictures that failed for a reason; ``where`` it arose is for the warning."""
         reason = reason if len(reason) <= 500 else reason[:497] + "..."
         if reason not in self.reasons and len(self.reasons) >= self.most:
             reason = "other"
         if reason not in self.reasons:
-            logger.warning("%s: pictures failed and are left out, not scored 0: %s", self.source, reason)
+            place = f" ({where})" if where else ""
+            logger.warning("%s: pictures failed and are left out, not scored 0: %s%s", self.source, reason, place)
         self.total += pictures
         self.reasons[reason] = self.reasons.get(reason, 0) + pictures
 
@@ -111,7 +129,8 @@ class FailureLog:
 class Reward(Protocol):
     """A reward: ``reward(images [B, 3, H, W] in [0, 1], prompts of length B) -> RewardOutput``.
 
-    ``describe()`` names what made the scores (engine, model, version), for the run's record.
+    ``describe()`` names what made the scores (engine, model, version), for the run's record. A reward may have a
+    ``check(prompts)``, which raises ValueError for prompts that it cannot score; it is called before work starts.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput: ...

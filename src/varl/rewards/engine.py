@@ -232,9 +232,15 @@ class OcrEngine:
                     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
                     for path in _model_files(self.config)
                 )
-                alphabet = recogniser.get_modelmeta().custom_metadata_map["character"].splitlines()
+                alphabet = recogniser.get_modelmeta().custom_metadata_map.get("character", "").splitlines()
+                if not alphabet:
+                    raise ValueError(f"{_model_files(self.config)[1]} names no characters in its metadata")
                 self._models = detector, recogniser, ["", *alphabet, " "]
             return self._models
+
+    def alphabet(self) -> list[str]:
+        """The characters that the recogniser can read."""
+        return [character for character in self._load()[2] if character]
 
     def _detect(self, detector: Any, bgr: np.ndarray) -> list[np.ndarray]:
         """The shrunken cores of the lines, float32 [4, 2] in pixels of the picture."""

@@ -4,22 +4,19 @@ run."""
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.util import Finalize
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from varl.errors import RunError
 from varl.rewards.engine import Line, OcrConfig, OcrEngine, Reading, Unread, to_pixels
+from varl.rewards.guard import Told
+from varl.rewards.host import Host, NotStarted
 
 __all__ = ["OcrWorker", "PictureReader"]
 
@@ -32,23 +29,8 @@ class PictureReader(Protocol):
     def read_picture(self, picture: np.ndarray) -> list[Line]: ...
 
 
-def _serve(make_reader: Callable[[], PictureReader], connection: Connection) -> None:
-    """The worker's loop: a picture in, its lines or the reason of its failure out."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Terminals and schedulers send them to every process; the run finishes its update first, and needs its reader.
-        signal.signal(number, signal.SIG_IGN)
-    reader = make_reader()
-    connection.send("ready")
-    while True:
-        try:
-            picture = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer: Reading = reader.read_picture(picture)
-        except Exception as error:
-            answer = Unread(f"{type(error).__name__}: {error}")
-        connection.send(answer)
+def _reading(make_reader: Callable[[], PictureReader]) -> Callable[[np.ndarray], list[Line]]:
+    return make_reader().read_picture
 
 
 class OcrWorker:
@@ -83,6 +65,7 @@ class OcrWorker:
         self.config = config or OcrConfig()
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0
+        self._own_reader = make_reader is not None
         self._make_reader = make_reader or partial(OcrEngine, OcrEngine(self.config).config)
         self._lock = threading.Lock()
         self._seats = [_Seat(self._make_reader, timeout_s, start_timeout_s) for _ in range(self.config.threads)]
@@ -92,6 +75,10 @@ class OcrWorker:
     def describe(self) -> dict[str, str]:
         """As ``OcrEngine.describe``, and that it runs in a worker."""
         return {**OcrEngine(self.config).describe(), "worker": f"time limit {self.timeout_s:g} s a picture"}
+
+    def alphabet(self) -> list[str] | None:
+        """The characters that the engine can read; None for a reader of one's own, which does not say."""
+        return None if self._own_reader else OcrEngine(self.config).alphabet()
 
     def read(self, images: Tensor) -> list[Reading]:
         """Read [B, 3, H, W] pictures in [0, 1]. One call at a time; further ones wait.
@@ -116,7 +103,7 @@ class OcrWorker:
                     picture = pictures[i]
                     assert isinstance(picture, np.ndarray)
                     readings[i] = seat.read(picture)
-            except _NotStarted as error:
+            except NotStarted as error:
                 if seat.started:  # it did start once: this costs pictures, not the run
                     logger.warning("%s; the pictures left over by all workers are failed", error)
                 else:
@@ -159,80 +146,20 @@ def _close_all(seats: Sequence[_Seat]) -> None:
         seat.close()
 
 
-def _context() -> SpawnContext | ForkServerContext:
-    """Where there is a fork server, one process imports torch once and every start forks from it."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-class _NotStarted(RunError):
-    pass
-
-
-class _Seat:
-    """One place for a process, refilled when the process is lost."""
+class _Seat(Host):
+    """One place for a process that reads pictures."""
 
     def __init__(self, make_reader: Callable[[], PictureReader], timeout_s: float, start_timeout_s: float) -> None:
-        self.make_reader, self.timeout_s, self.start_timeout_s = make_reader, timeout_s, start_timeout_s
-        self.crashes = self.timeouts = 0
-        self.started = False
-        self.process: multiprocessing.process.BaseProcess | None = None
-        self.connection: Connection | None = None
+        super().__init__(partial(_reading, make_reader), "OCR worker", "a picture", timeout_s, start_timeout_s)
+        self.make_reader = make_reader
+
+    def start(self) -> Connection:
+        self.make = partial(_reading, self.make_reader)
+        return super().start()
 
     def read(self, picture: np.ndarray) -> Reading:
-        connection = self._start()
         try:
-            connection.send(picture)
-            if connection.poll(self.timeout_s):
-                reading: Reading = connection.recv()
-                return reading
-            self.timeouts += 1
-            reason = f"the OCR worker took longer than {self.timeout_s:g} s over a picture"
-        except (EOFError, OSError):
-            self.crashes += 1
-            code = self._exit_code()
-            reason = f"the OCR worker crashed (exit code {code})"
-        except BaseException:
-            self.close()  # or the answer would be taken for that of the next picture
-            raise
-        logger.warning("%s; it is started again", reason)
-        self.close()
-        return Unread(reason)
-
-    def _start(self) -> Connection:
-        if self.process is not None and self.connection is not None and self.process.is_alive():
-            return self.connection
-        self.close()
-        context = _context()
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self.make_reader, theirs), name="varl-ocr", daemon=True)
-        self.process.start()
-        theirs.close()
-        begin = time.monotonic()
-        try:
-            ready = self.connection.poll(self.start_timeout_s) and self.connection.recv() == "ready"
-        except (EOFError, OSError):
-            ready = False
-        if not ready:
-            code, waited = self._exit_code(), time.monotonic() - begin
-            self.close()
-            raise _NotStarted(f"the OCR worker did not start (exit code {code}, after {waited:.0f} s)")
-        self.started = True
-        return self.connection
-
-    def _exit_code(self) -> int | None:
-        if self.process is None:
-            return None
-        self.process.join(1.0)
-        return self.process.exitcode
-
-    def close(self) -> None:
-        if self.connection is not None:
-            self.connection.close()
-        if self.process is not None:
-            self.process.kill()
-            self.process.join(5.0)
-        self.process = self.connection = None
+            reading: Reading = self.ask(picture)
+            return reading
+        except Told as error:
+            return Unread(str(error))

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -117,6 +118,19 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A child made by fork, such as a worker of a reward's pool, may outlive a run that is killed."""
+    for lock in _locks:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 class FolderLock:
     """Holds a folder for one process; the kernel lets go of it when the process dies, however it dies.
 
@@ -144,6 +158,7 @@ class FolderLock:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._file.flush()
+        _locks.add(self)
 
     def _held(self, patience: float) -> bool:
         last = time.monotonic() + patience

@@ -283,6 +283,7 @@ def _flow(runs: Sequence[Run], width: int, lines: int, bold: bool = False, size:
                 break
             x, line = 0.0, line + 1
         if font.getlength(word) > width:
+            word = word[: 4 * width]  # no more could be seen, and measuring takes time
             while len(word) > 1 and font.getlength(word + "…") > width:
                 word = word[:-1]
             word += "…"

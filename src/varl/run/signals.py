@@ -11,14 +11,47 @@ from typing import Any
 
 from varl.errors import Interrupted
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "exit_at_once", "leave_to_the_run"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
+def _forget_in_child() -> None:
+    """A child made by fork handles signals as any Python process: whoever made it must be able to end it."""
+    for number, default in _DEFAULTS.items():
+        handler = signal.getsignal(number)
+        if handler is _ignore or isinstance(getattr(handler, "__self__", None), Interrupts):
+            signal.signal(number, default)
+
+
+def _ignore(number: int, _: FrameType | None) -> None:
+    """Not ``SIG_IGN``, which programs started by this process would inherit."""
+
+
+def leave_to_the_run() -> None:
+    """Ignore SIGTERM and SIGINT in this process, but not in those that it starts.
+
+    Raises:
+        ValueError: if this is not the main thread.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _ignore)
+
+
+def exit_at_once(status: int) -> None:
+    """``os._exit``, also while a reward is called and that name stands for something else."""
+    getattr(os._exit, "really", os._exit)(status)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Interrupts:
     """Within it, the first SIGTERM or SIGINT is noted, for the run to stop at its next whole update; the second ends
-    the process at once, with the exit code that shells give for that signal (128 + its number).
+    the process at once, with the exit code that shells give for that signal (128 + its number). Processes that this one
+    forks, such as those of ``multiprocessing.Pool``, handle both as usual.
 
     Only the main thread can catch signals; in another one this does nothing.
     """
@@ -42,7 +75,7 @@ class Interrupts:
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: this update is finished and saved first; a second signal exits at once\n".encode())
         elif time.monotonic() - self._when >= self._echo_s:
-            os._exit(128 + number)
+            exit_at_once(128 + number)
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,134 @@
+"""Processes that a run forks, such as those of a reward's pool, can be ended, and hold nothing of the run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from varl.rewards.host import Host
+from varl.run.files import FolderLock
+from varl.run.signals import Interrupts
+
+POOL = """
+import multiprocessing, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from varl.run.signals import Interrupts
+
+def busy(_=None):
+    time.sleep(600)
+
+def pool(make=lambda: multiprocessing.get_context("fork").Pool(2)):
+    with make() as workers:
+        workers.map_async(busy, range(2))
+        time.sleep(0.2)
+    workers.join()  # for ever, if they do not end
+
+def executor():
+    workers = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+    workers.submit(busy)
+    time.sleep(0.2)
+    for process in workers._processes.values():
+        process.terminate()
+    workers.shutdown()
+
+def in_a_thread():
+    thread = threading.Thread(target=pool)
+    thread.start()
+    thread.join()
+
+def made_before():
+    earlier = multiprocessing.get_context("fork").Pool(2)
+    with Interrupts():
+        pool(lambda: earlier)
+
+made_before()
+for kind in (pool, executor, in_a_thread):
+    with Interrupts():
+        kind()
+    print(kind.__name__, "ended", flush=True)
+"""
+
+
+def test_workers_that_a_run_forks_can_be_terminated() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", POOL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"its workers did not end: {process.communicate()}")
+    assert out.decode().splitlines() == ["pool ended", "executor ended", "in_a_thread ended"], err
+    assert b"this update is finished" not in err
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_fork_handles_signals_as_any_python_process() -> None:
+    with Interrupts() as interrupts, ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as workers:
+        assert workers.submit(handlers).result(30) == [signal.SIG_DFL, signal.default_int_handler]
+        assert signal.getsignal(signal.SIGTERM) == interrupts._handle  # in the run, nothing changed
+
+
+def test_a_fork_keeps_handlers_that_are_not_the_runs() -> None:
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as workers:
+            assert workers.submit(handlers).result(30)[0] == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+class Parent:
+    """Starts a program and ends it."""
+
+    def __call__(self, _: object) -> tuple[int, list[object]]:
+        program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        time.sleep(0.2)
+        program.terminate()
+        code = program.wait(30)
+        with multiprocessing.get_context("fork").Pool(1) as workers:
+            return code, workers.apply(_names)
+
+
+def _names() -> list[str]:
+    return [str(handler) for handler in handlers()]
+
+
+def test_a_process_of_a_reward_leaves_signals_to_the_run_but_its_own_children_do_not() -> None:
+    host = Host(Parent, "process", "a request", timeout_s=60)
+    try:
+        code, names = host.ask(None)
+    finally:
+        host.close(2.0)
+    assert code == -signal.SIGTERM
+    assert names == [str(signal.SIG_DFL), str(signal.default_int_handler)]
+
+
+def test_a_fork_that_outlives_a_run_does_not_hold_its_folder(tmp_path: Path) -> None:
+    lock, (reading, writing) = FolderLock(tmp_path), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"up")
+        threading.Event().wait(60)
+        os._exit(0)
+    try:
+        os.read(reading, 2)
+        with pytest.raises(ValueError, match="another process trains"):
+            FolderLock(tmp_path)  # the fork did not let go of what the run holds
+        lock.release()
+        FolderLock(tmp_path).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
