@@ -22,7 +22,7 @@ MOST_SHOWN = 200
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
 _ZIP, _PICKLE, _LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_REFUSED = re.compile(r"(?:GLOBAL|global|class|function) (?!was\b|whose\b)'?([^\s'\"]+\.[^\s'\"]+)")
+_REFUSED = re.compile(r"GLOBAL (\S+)|(?:class|function) (\S+\.\S+)")
 
 
 def plain(text: object) -> str:
@@ -128,7 +128,7 @@ def _why(path: Path, error: Exception) -> str:
         return f"{path} is a TorchScript archive, which is code, not a torch file of plain tensors: save a state dict"
     if refused := _REFUSED.search(text):
         return (
-            f"{path} is not a torch file of plain tensors: it names {plain(refused[1])}, which is code and is not "
+            f"{path} is not a torch file of plain tensors: it names {plain(refused[1] or refused[2])}, which is code and is not "
             "executed; save a state dict alone"
         )
     cut = isinstance(error, EOFError | IndexError) or "EOF" in text or "central directory" in text

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from varl.models.files import plain, read_json, read_safetensors, read_torch
 
-__all__ = ["Source", "check_finite", "check_fit", "describe", "load_strict", "part_sources", "read_tensors", "unwrapped"]
+__all__ = [
+    "Source",
+    "check_finite",
+    "check_fit",
+    "describe",
+    "load_strict",
+    "part_sources",
+    "read_tensors",
+    "unwrapped",
+]
 
 Source = str | Path | Sequence[str | Path] | Mapping[str, Tensor]
 """Where the weights of one part come from: a file, a folder, several files, or a state dict."""

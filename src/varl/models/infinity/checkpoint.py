@@ -22,9 +22,7 @@ __all__ = ["PARTS", "load", "save"]
 
 PARTS = ("transformer", "tokenizer", "text_encoder")
 NESTED: dict[str, Sequence[Sequence[str]]] = {
-    "transformer": in_trainer(
-        "gpt_fsdp", "gpt_wo_ddp", "gpt_ema_fsdp", "gpt_wo_ddp_ema", "gpt_ema_for_vis", "gpt_ema"
-    ),
+    "transformer": in_trainer("gpt_fsdp", "gpt_wo_ddp", "gpt_ema_fsdp", "gpt_wo_ddp_ema", "gpt_ema_for_vis", "gpt_ema"),
     "tokenizer": in_trainer("vae", "vae_local"),
 }
 """Where upstream's files nest a part: those of training, and all tokenizers. What was trained goes before its running

@@ -54,9 +54,7 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
     try:
         saved = dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} does not say what shape of Inkling its weights have: {plain(repr(error))}"
-        ) from error
+        raise ValueError(f"{path} does not say what shape of Inkling its weights have: {plain(repr(error))}") from error
     return _build(saved | dict(config or {}), unwrapped(tensors, str(path)), str(path))
 
 
