@@ -103,6 +103,10 @@ def test_weights_of_any_floating_type_load(name: str, part: str, dtype: torch.dt
     assert all(torch.equal(found[key], value.to(found[key].dtype)) for key, value in cast_state.items())
 
 
+def ema(state: State) -> State:
+    return {k: v * 0.5 if v.is_floating_point() and v.abs().max() < torch.inf else v for k, v in state.items()}
+
+
 def wrapped(state: State, prefix: str, inside: bool) -> State:
     """Keys as DDP, FSDP and torch.compile write them: a prefix, and something after the first module's name."""
     first = {key: key.split(".", 1) for key in state}
@@ -116,7 +120,7 @@ def wrapped(state: State, prefix: str, inside: bool) -> State:
 )
 @each
 def test_prefixes_of_ddp_and_compile_are_taken_off(
-    name: str, part: str, prefix: str, inside: bool, tmp_path: Path
+    name: str, part: str, prefix: str, inside: bool
 ) -> None:
     state = states(name)[1][part]
     assert same(loaded(name, part, wrapped(state, prefix, inside)), state)
@@ -130,36 +134,39 @@ def test_a_weight_that_is_there_with_and_without_prefix_is_refused(name: str, pa
         loaded(name, part, state | {f"module.{key}": state[key]})
 
 
-def ema(state: State) -> State:
-    return {k: v * 0.5 if v.is_floating_point() and v.abs().max() < torch.inf else v for k, v in state.items()}
+STATE, EMA = "the state", "its running average"
+TRAINING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    f"{name} transformer": (name, "transformer", {"trainer": {"var_wo_ddp": STATE, "config": {}}})
+    for name in ("var", "switti")
+}
+TRAINING |= {
+    f"{name} tokenizer": (name, "tokenizer", {"trainer": {"var_wo_ddp": None, "vae_local": STATE}})
+    for name in ("var", "switti", "infinity")
+}
+TRAINING |= {
+    f"infinity {name}, its average too": ("infinity", "transformer", {"trainer": {"gpt_ema_fsdp": EMA, name: STATE}})
+    for name in ("gpt_fsdp", "gpt_wo_ddp")
+}
+TRAINING |= {
+    f"infinity {name} alone": ("infinity", "transformer", {"trainer": {"gpt_fsdp": None, name: STATE}, "epoch": 1})
+    for name in ("gpt_ema_fsdp", "gpt_ema_for_vis", "gpt_wo_ddp_ema")
+}
+TRAINING["tokenflow ema"] = ("tokenflow", "tokenizer", {"model": EMA, "ema": STATE})
+TRAINING |= {f"{name} {part} alone": (name, part, {"state_dict": STATE, "epoch": 3}) for name, part in CASES}
 
 
-def training_files() -> dict[str, tuple[str, str, Callable[[State], Any]]]:
-    """What the trainers of the families write, each as a function of the state that is to be found in it."""
-    cases: dict[str, tuple[str, str, Callable[[State], Any]]] = {}
-    for name in ("var", "switti"):
-        cases[f"{name} transformer"] = (name, "transformer", lambda s: {"trainer": {"var_wo_ddp": s, "config": {}}})
-        cases[f"{name} tokenizer"] = (name, "tokenizer", lambda s: {"trainer": {"var_wo_ddp": None, "vae_local": s}})
-    for kept in ("gpt_fsdp", "gpt_wo_ddp"):
-        both: Callable[[State], Any] = lambda s, kept=kept: {  # type: ignore[misc]
-            "trainer": {"gpt_ema_fsdp": ema(s), "gpt_ema_for_vis": ema(s), kept: s}
-        }
-        cases[f"infinity {kept} and its average"] = ("infinity", "transformer", both)
-    for average in ("gpt_ema_fsdp", "gpt_ema_for_vis", "gpt_wo_ddp_ema"):
-        alone: Callable[[State], Any] = lambda s, average=average: {"trainer": {"gpt_fsdp": None, average: s}}  # type: ignore[misc]
-        cases[f"infinity {average} alone"] = ("infinity", "transformer", alone)
-    cases["infinity tokenizer"] = ("infinity", "tokenizer", lambda s: {"trainer": {"vae_local": s}})
-    cases["tokenflow ema"] = ("tokenflow", "tokenizer", lambda s: {"model": ema(s), "ema": s})
-    for name, part in CASES:
-        cases[f"{name} {part} state_dict"] = (name, part, lambda s: {"state_dict": s, "epoch": 3})
-    return cases
+def filled(template: Any, state: State) -> Any:
+    """What a trainer writes, with the state and its running average where they belong."""
+    if isinstance(template, dict):
+        return {key: filled(value, state) for key, value in template.items()}
+    return {STATE: state, EMA: ema(state)}.get(template, template)
 
 
-@pytest.mark.parametrize("case", training_files())
+@pytest.mark.parametrize("case", TRAINING)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_of_training_load(case: str, legacy: bool, tmp_path: Path) -> None:
-    name, part, file_of = training_files()[case]
+    name, part, template = TRAINING[case]
     state = states(name)[1][part]
-    content = file_of(wrapped(state, "module.", inside=False))
+    content = filled(template, wrapped(state, "module.", inside=False))
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
     assert same(loaded(name, part, tmp_path / "a.pth"), state)

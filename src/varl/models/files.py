@@ -127,9 +127,10 @@ def _why(path: Path, error: Exception) -> str:
     if "TorchScript" in text:
         return f"{path} is a TorchScript archive, which is code, not a torch file of plain tensors: save a state dict"
     if refused := _REFUSED.search(text):
+        name = plain(refused[1] or refused[2])
         return (
-            f"{path} is not a torch file of plain tensors: it names {plain(refused[1] or refused[2])}, which is code and is not "
-            "executed; save a state dict alone"
+            f"{path} is not a torch file of plain tensors: it names {name}, which is code and is not executed; save a "
+            "state dict alone"
         )
     cut = isinstance(error, EOFError | IndexError) or "EOF" in text or "central directory" in text
     if cut or (isinstance(error, OSError) and error.errno == errno.EINVAL):
