@@ -119,9 +119,7 @@ def wrapped(state: State, prefix: str, inside: bool) -> State:
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
 @each
-def test_prefixes_of_ddp_and_compile_are_taken_off(
-    name: str, part: str, prefix: str, inside: bool
-) -> None:
+def test_prefixes_of_ddp_and_compile_are_taken_off(name: str, part: str, prefix: str, inside: bool) -> None:
     state = states(name)[1][part]
     assert same(loaded(name, part, wrapped(state, prefix, inside)), state)
 

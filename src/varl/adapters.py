@@ -215,8 +215,11 @@ def load_adapters(policy: Policy, path: Path) -> None:
         ValueError: if it holds no adapters of this family and shape.
     """
     config, state = read_adapters(path, policy.family)
-    # Before memory is taken for what the file does not hold.
-    check_fit(_expected(policy, config), state, str(path))
+    try:
+        expected = _expected(policy, config)
+    except ValueError as error:
+        raise ValueError(f"the adapters of {path} do not fit: {error}") from error
+    check_fit(expected, state, str(path))  # before memory is taken for what the file does not hold
     check_finite(state, str(path))
     add_adapters(policy, config)
     load_adapter_state(policy, state, str(path))

@@ -51,7 +51,7 @@ def row_index(rows: Tensor | Sequence[int], batch: int) -> Tensor:
         IndexError: if there is no such row.
     """
     index = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
-    if index.ndim != 1 or index.is_floating_point() and len(index) or index.is_complex():
+    if index.ndim != 1 or (index.is_floating_point() and len(index)) or index.is_complex():
         raise ValueError(f"rows are a list of whole numbers or of booleans, not {list(index.shape)} of {index.dtype}")
     if index.dtype == torch.bool:
         if len(index) != batch:
