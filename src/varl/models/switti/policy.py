@@ -151,6 +151,11 @@ class Switti(CodedPolicy):
         null = {f"null_{name}": value[:1] for name, value in encoded.items()}
         return self.condition_from({name: value[1:] for name, value in encoded.items()} | null, schedule)
 
+    def text_tokens(self, text: str) -> tuple[int, int] | None:
+        """The tokens of a text, and how many of them a condition holds; None if the text encoders do not count."""
+        count = getattr(self.encoders, "count", None)
+        return None if count is None else count(text)
+
     def condition_from(self, features: Mapping[str, Tensor], schedule: ScaleSchedule | None = None) -> Condition:
         """A condition from precomputed features.
 
