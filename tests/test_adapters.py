@@ -229,6 +229,57 @@ def test_files_that_hold_no_adapters(tmp_path: Path) -> None:
         load_adapters(make_inkling(), tmp_path / "odd.safetensors")
 
 
+def described(folder: Path, state: dict[str, torch.Tensor], **about: Any) -> Path:
+    path = folder / "odd.safetensors"
+    whole = {"rank": 4, "alpha": 8.0, "targets": ["qkv", "out", "up", "down"]} | about
+    save_file(state, path, metadata={"family": "inkling", "lora": json.dumps(whole)})
+    return path
+
+
+CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
+    "a rank that no tensor has": ({"rank": 2_000_000}, "keys are missing|shapes differ"),
+    "a rank of true": ({"rank": True}, "rank must be a whole number"),
+    "no finite alpha": ({"alpha": float("inf")}, "alpha must be positive and finite"),
+    "targets without end": ({"targets": [f"x{i}" for i in range(100_000)]}, "100000 targets are named for adapters"),
+    "targets that are not there": ({"targets": ["q_proj\x1b[31m"]}, "no linear layer is called 'q_proj'"),
+    "targets that are no list": ({"targets": "qkv"}, "targets must be a list"),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_claims_are_held_against_the_tensors_before_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("varl.adapters.add_adapters", lambda *_: pytest.fail("memory would be taken"))
+    claim, message = CLAIMS[case]
+    for state in ({"x": torch.zeros(2_000_000, 0)}, adapter_state(make_adapted())):
+        path = described(tmp_path, state, **claim)
+        with pytest.raises(ValueError, match=message) as refused:
+            load_adapters(make_inkling(), path)
+        assert str(path) in str(refused.value)
+        assert str(refused.value).isprintable()
+
+
+def test_adapters_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    for value, message in ((float("nan"), "NaN or infinity"), (torch.int8, "int8")):
+        state = {key: tensor.clone() for key, tensor in adapter_state(make_adapted()).items()}
+        key = sorted(state)[0]
+        state[key] = state[key].to(value) if isinstance(value, torch.dtype) else state[key].fill_(value)
+        with pytest.raises(ValueError, match=message) as refused:
+            load_adapters(make_inkling(), described(tmp_path, state))
+        assert key in str(refused.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_ddp_and_compile_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    policy = moved(make_adapted())
+    state = {prefix + key: value.contiguous() for key, value in adapter_state(policy).items()}
+    about = {"rank": CONFIG.rank, "alpha": CONFIG.alpha}
+    other = make_inkling()
+    load_adapters(other, described(tmp_path, state, **about))
+    assert torch.equal(scores(other), scores(policy))
+
+
 def make_adapted() -> Policy:
     policy = make_inkling()
     add_adapters(policy, CONFIG)

@@ -7,7 +7,7 @@ policy: no second copy of the model is held.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import wraps
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varl.config import AdapterConfig, PolicyConfig
-from varl.models.weights import load_strict
+from varl.models.files import plain, read_safetensors
+from varl.models.weights import check_finite, check_fit, load_strict, unwrapped
 from varl.policy import Policy
 
 __all__ = [
@@ -63,15 +63,17 @@ def add_adapters(policy: Policy, config: AdapterConfig) -> None:
             part.float()
 
 
-def _adapted(policy: Policy, targets: list[str]) -> list[nn.Linear]:
+def _adapted(policy: Policy, targets: list[str]) -> dict[str, nn.Linear]:
     """The linear layers whose full names end with one of the targets."""
     linear = {name: module for name, module in policy.trainable.named_modules() if isinstance(module, nn.Linear)}
+    if len(targets) > len(linear):
+        raise ValueError(f"{len(targets)} targets are named for adapters; there are only {len(linear)} linear layers")
     ends = {target: [n for n in linear if n == target or n.endswith(f".{target}")] for target in targets}
     for target, found in ends.items():
         if not found:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"no linear layer is called {target!r}; there are {', '.join(known)}")
-    return [linear[name] for name in sorted({name for found in ends.values() for name in found})]
+            raise ValueError(f"no linear layer is called {plain(target)!r}; there are {', '.join(known)}")
+    return {name: linear[name] for name in sorted({name for found in ends.values() for name in found})}
 
 
 def adapter_parameters(policy: Policy, config: AdapterConfig) -> int:
@@ -81,7 +83,7 @@ def adapter_parameters(policy: Policy, config: AdapterConfig) -> int:
         ValueError: if no layer has one of the names.
     """
     layers = _adapted(policy, list(config.targets or policy.lora_targets))
-    return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return sum(config.rank * (layer.in_features + layer.out_features) for layer in layers.values())
 
 
 def _layers(policy: Policy) -> list[tuple[str, Any]]:
@@ -169,23 +171,23 @@ def read_adapters(path: Path, family: str) -> tuple[AdapterConfig, dict[str, Ten
     """
     if not path.is_file():
         raise FileNotFoundError(f"no adapters at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            about, keys = file.metadata() or {}, list(file.keys())
-            state = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    tensors, about = read_safetensors(path)
     if about.get("family") != family or "lora" not in about:
-        raise ValueError(f"{path} holds no adapters of {family} but of {about.get('family', 'no family')}")
+        raise ValueError(f"{path} holds no adapters of {family} but of {plain(about.get('family', 'no family'))}")
     try:
-        saved = json.loads(about["lora"])
-        config = AdapterConfig(int(saved["rank"]), float(saved["alpha"]), tuple(map(str, saved["targets"])))
-        # Before memory is taken for what the file cannot hold; whether its tensors fit is seen when they are loaded.
-        if config.rank > (largest := max((side for tensor in state.values() for side in tensor.shape), default=0)):
-            raise ValueError(f"rank {config.rank}, but no tensor has a side of more than {largest}")
+        config = _saved(json.loads(about["lora"]))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} does not say what adapters it holds: {error!r}") from error
-    return config, state
+        raise ValueError(f"{path} does not say what adapters it holds: {plain(repr(error))}") from error
+    return config, unwrapped(tensors, str(path))
+
+
+def _saved(about: Mapping[str, Any]) -> AdapterConfig:
+    rank, alpha, targets = about["rank"], about["alpha"], about["targets"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {plain(rank)}")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise ValueError("targets must be a list of the names of layers")
+    return AdapterConfig(rank, float(alpha), tuple(dict.fromkeys(targets)))
 
 
 def with_adapters(config: PolicyConfig) -> PolicyConfig:
@@ -213,8 +215,23 @@ def load_adapters(policy: Policy, path: Path) -> None:
         ValueError: if it holds no adapters of this family and shape.
     """
     config, state = read_adapters(path, policy.family)
+    try:
+        expected = _expected(policy, config)
+    except ValueError as error:
+        raise ValueError(f"the adapters of {path} do not fit: {error}") from error
+    check_fit(expected, state, str(path))  # before memory is taken for what the file does not hold
+    check_finite(state, str(path))
     add_adapters(policy, config)
     load_adapter_state(policy, state, str(path))
+
+
+def _expected(policy: Policy, config: AdapterConfig) -> dict[str, Tensor]:
+    """What ``adapter_state`` will give once a configuration's adapters are there, without memory."""
+    shapes = {}
+    for name, layer in _adapted(policy, list(config.targets or policy.lora_targets)).items():
+        shapes[f"{name}.lora_A.default.weight"] = (config.rank, layer.in_features)
+        shapes[f"{name}.lora_B.default.weight"] = (layer.out_features, config.rank)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
 @contextmanager

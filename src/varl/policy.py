@@ -16,7 +16,7 @@ from torch import Tensor
 
 from varl.schedule import ScaleSchedule
 
-__all__ = ["Box", "Condition", "Policy", "Prompt", "State"]
+__all__ = ["Box", "Condition", "Policy", "Prompt", "State", "row_index"]
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) as fractions of the picture's width and height."""
@@ -39,6 +39,31 @@ class Prompt:
     label: int | None = None
 
 
+def row_index(rows: Tensor | Sequence[int], batch: int) -> Tensor:
+    """The numbers of chosen rows, int64 [n], each from 0 to ``batch`` - 1.
+
+    Args:
+        rows: numbers of rows, negative ones counted from the end; or ``batch`` booleans, which choose the rows that
+            are true.
+
+    Raises:
+        ValueError: if they are neither, or booleans of another number.
+        IndexError: if there is no such row.
+    """
+    index = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
+    if index.ndim != 1 or (index.is_floating_point() and len(index)) or index.is_complex():
+        raise ValueError(f"rows are a list of whole numbers or of booleans, not {list(index.shape)} of {index.dtype}")
+    if index.dtype == torch.bool:
+        if len(index) != batch:
+            raise ValueError(f"{len(index)} booleans cannot choose from {batch} rows; one a row is needed")
+        return index.nonzero().flatten()
+    index = index.long()
+    wrong = index[(index < -batch) | (index >= batch)]
+    if len(wrong):
+        raise IndexError(f"there is no row {int(wrong[0])} in a batch of {batch}")
+    return torch.where(index < 0, index + batch, index)
+
+
 @dataclass
 class Condition:
     """The encoded prompts of a batch, made by ``policy.condition`` for one schedule.
@@ -58,8 +83,8 @@ class Condition:
         return next(iter(self.features.values())).shape[0]
 
     def select(self, rows: Tensor | Sequence[int]) -> Condition:
-        """The given rows, in that order (repeats allowed)."""
-        index = torch.as_tensor(rows, device=next(iter(self.features.values())).device)
+        """The given rows, in that order (repeats allowed): see ``row_index``."""
+        index = row_index(rows, self.batch).to(next(iter(self.features.values())).device)
         null = {k: v[index] for k, v in self.null.items()} if self._own_null else self.null
         return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, null)
 
@@ -78,8 +103,8 @@ class Condition:
 class State(Protocol):
     """A batch of partly drawn sequences with the key/value caches to go on from.
 
-    ``step`` is the next step to draw; ``fork`` repeats every row k times (copies adjacent), ``select`` picks rows; both
-    leave the original usable.
+    ``step`` is the next step to draw; ``fork`` repeats every row k times (copies adjacent), ``select`` picks rows as
+    ``row_index`` reads them; both leave the original usable.
     """
 
     schedule: ScaleSchedule
@@ -102,7 +127,8 @@ class Policy(Protocol):
     shape: [..., width] -> [..., *event, classes]. ``next_logits`` returns the next grid's logits [batch, tokens,
     *event, classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps
     only (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
-    ``Sampling.guidance`` at every step. ``trainable`` is the module that reinforcement learning tunes; where it has an
+    ``Sampling.guidance`` at every step. Where there is a method ``text_tokens``, it gives the tokens of a text and how
+    many of them a condition holds; the rest is cut. ``trainable`` is the module that reinforcement learning tunes; where it has an
     attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass. ``lora_targets``
     names the linear layers (ends of their full names) on which adapters matter. ``shares_keys``: whether a step reads
     the keys and values of the steps before it; if not, there is nothing of a prefix to share. Where ``trainable`` has

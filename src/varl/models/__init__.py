@@ -36,8 +36,10 @@ def load_policy(family: str, config: Mapping[str, Any] | None = None, weights: W
         ValueError: if the family is unknown, or the weights do not fit it.
         FileNotFoundError: if a file is missing.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"no model family {family!r}; there are {', '.join(sorted(FAMILIES))}")
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"the config of {family} must be a mapping of settings, not {type(config).__name__}")
     return import_module(FAMILIES[family]).load(config, weights)
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from varl.policy import row_index
+
 __all__ = [
     "Cache",
     "Eager",
@@ -80,11 +82,12 @@ class KeyValueCache:
         self.filled = end
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def select(self, rows: Tensor) -> KeyValueCache:
-        """A new cache with the given rows; only positions that are filled are copied."""
+    def select(self, rows: Tensor | Sequence[int]) -> KeyValueCache:
+        """A new cache with the given rows, as ``row_index`` reads them; only positions that are filled are copied."""
         chosen = KeyValueCache(self.layers, self.tokens)
         if self.filled:
-            _, _, heads, tokens, width = self.keys.shape
+            _, batch, heads, tokens, width = self.keys.shape
+            rows = row_index(rows, batch).to(self.keys.device)
             chosen.keys = self.keys.new_empty(self.layers, len(rows), heads, tokens, width)
             chosen.values = torch.empty_like(chosen.keys)
             chosen.filled = self.filled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varl.models.blocks import Cache, KeyValueCache
 from varl.models.forcing import TeacherForced
-from varl.models.parts import read_part
+from varl.models.parts import in_trainer, read_part
 from varl.models.quantizer import resize_area
 from varl.models.state import DrawState
 from varl.models.vqvae import VQVAE
@@ -20,7 +20,23 @@ from varl.policy import Condition
 from varl.sampling import Sampling, filter_logits
 from varl.schedule import ScaleSchedule
 
-__all__ = ["CodedPolicy", "GridTransformer", "check_tables", "load_tokenizer", "mask_tables", "soft_codes"]
+__all__ = [
+    "TRAINED",
+    "CodedPolicy",
+    "GridTransformer",
+    "check_tables",
+    "load_tokenizer",
+    "load_transformer",
+    "mask_tables",
+    "soft_codes",
+]
+
+TRAINED: dict[str, Sequence[Sequence[str]]] = {
+    "transformer": in_trainer("var_wo_ddp", "var_fsdp", "var", "var_wo_ddp_ema", "var_ema"),
+    "tokenizer": in_trainer("vae_local", "vae"),
+}
+"""Where files of upstream's own training hold the two parts; what was trained goes before its running average."""
+MASK = "attn_bias_for_masking"
 
 
 class GridTransformer(Protocol):
@@ -68,14 +84,25 @@ def check_tables(transformer: nn.Module, source: str, causal: bool = True) -> No
     steps, mask = mask_tables(model.schedule, causal)
     if not torch.equal(model.lvl_1L, steps):
         raise ValueError(f"weights of {source} were trained for other grids than {model.schedule.describe()}")
-    if not torch.equal(model.attn_bias_for_masking, mask):
+    if not torch.equal(getattr(model, MASK), mask):
         kind = "to all coarser grids" if causal else "inside a grid only"
         raise ValueError(f"weights of {source} were trained with another attention than {kind}")
 
 
+def load_transformer(transformer: nn.Module, source: Source, causal: bool = True, hint: str = "") -> None:
+    """Load a transformer's checkpoint and check its tables.
+
+    Args:
+        hint: added to the source's name where its tables are of another kind.
+    """
+    tensors, name = read_part(source, TRAINED["transformer"])
+    load_strict(transformer, tensors, name, tables=[MASK])
+    check_tables(transformer, name + hint, causal)
+
+
 def load_tokenizer(tokenizer: VQVAE, source: Source) -> None:
     """Load a tokenizer's checkpoint; statistics of use for another number of steps are left out."""
-    tensors, name = read_part(source)
+    tensors, name = read_part(source, TRAINED["tokenizer"])
     used, own = tensors.get("quantize.ema_vocab_hit_SV"), tokenizer.quantize.ema_vocab_hit_SV
     if used is not None and used.shape[1:] == own.shape[1:] and len(used) != len(own):
         tensors["quantize.ema_vocab_hit_SV"] = torch.zeros(own.shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varl.models.weights import Source, describe, part_sources, read_tensors
 
-__all__ = ["find_parts", "read_part", "save_parts", "state_of", "write_tensors"]
+__all__ = ["find_parts", "in_trainer", "read_part", "save_parts", "state_of", "write_tensors"]
 
 
 def find_parts(weights: Any, parts: Sequence[str], needed: Sequence[str], family: str) -> dict[str, Source]:
@@ -36,6 +36,11 @@ def find_parts(weights: Any, parts: Sequence[str], needed: Sequence[str], family
     if missing:
         raise ValueError(f"{family} needs weights for its {', '.join(missing)}; given are {', '.join(sources)}")
     return sources
+
+
+def in_trainer(*names: str) -> list[tuple[str, ...]]:
+    """Where a file of upstream's training may hold a part: under ``trainer`` or alone, the first name first."""
+    return [path for name in names for path in (("trainer", name), (name,))]
 
 
 def read_part(source: Source, nested: Sequence[Sequence[str]] = ()) -> tuple[dict[str, Tensor], str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varl.models.blocks import Cache, KeyValueCache
+from varl.policy import row_index
 from varl.schedule import ScaleSchedule
 
 __all__ = ["DrawState"]
@@ -45,13 +46,13 @@ class DrawState:
 
     def fork(self, k: int) -> DrawState:
         """Every row ``k`` times, copies adjacent."""
-        return self.select(torch.arange(self.batch).repeat_interleave(k))
+        return self.select(torch.arange(self.batch, device="cpu").repeat_interleave(k))
 
     def select(self, rows: Tensor | Sequence[int]) -> DrawState:
-        """The given rows, in that order (repeats allowed); the original stays usable."""
+        """The given rows, in that order (repeats allowed), as ``row_index`` reads them; the original stays usable."""
         if self.cache is not None and not isinstance(self.cache, KeyValueCache):
             raise ValueError("a prefix that was read with gradients can be scored from, not drawn from")
-        index = torch.as_tensor(rows, device=next(iter(self.drawn.values())).device)
+        index = row_index(rows, self.batch).to(next(iter(self.drawn.values())).device)
         both = torch.cat([index + copy * self.batch for copy in range(self.copies)])
         return replace(
             self,

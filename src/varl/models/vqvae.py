@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varl.models.autoencoder import Decoder, Encoder
+from varl.models.fields import MOST_GRIDS, bounded, grid_sides
 from varl.models.quantizer import CodebookQuantizer, Phi
 from varl.schedule import ScaleSchedule
 
@@ -54,6 +55,12 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "v_patch_nums", tuple(self.v_patch_nums))
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        bounded(self, "a tokenizer", vocab_size=2**24, z_channels=4096, ch=4096, ch_mult=64, num_res_blocks=64)
+        bounded(self, "a tokenizer", quant_conv_ks=63)
+        grid_sides(self, "a tokenizer", "v_patch_nums")
+        for name in ("share_quant_resi", "default_qresi_counts"):
+            if not 0 <= getattr(self, name) <= MOST_GRIDS:
+                raise ValueError(f"a tokenizer's {name} must be 0 to {MOST_GRIDS}, got {getattr(self, name)}")
         if self.ch % 32:
             raise ValueError(f"a tokenizer's channels ch must be a multiple of 32, got {self.ch}")
 

@@ -15,14 +15,18 @@ from varl.models.infinity.config import InfinityConfig, read_config
 from varl.models.infinity.model import Transformer
 from varl.models.infinity.policy import Infinity
 from varl.models.infinity.tokenizer import Tokenizer
-from varl.models.parts import find_parts, read_part, state_of, write_tensors
+from varl.models.parts import find_parts, in_trainer, read_part, state_of, write_tensors
 from varl.models.weights import Source, describe, load_strict
 
 __all__ = ["PARTS", "load", "save"]
 
 PARTS = ("transformer", "tokenizer", "text_encoder")
-NESTED: dict[str, Sequence[Sequence[str]]] = {"transformer": [("trainer", "gpt_fsdp")], "tokenizer": [("vae",)]}
-"""Where upstream's files nest a part: fine-tuned transformers, and all tokenizers."""
+NESTED: dict[str, Sequence[Sequence[str]]] = {
+    "transformer": in_trainer("gpt_fsdp", "gpt_wo_ddp", "gpt_ema_fsdp", "gpt_wo_ddp_ema", "gpt_ema_for_vis", "gpt_ema"),
+    "tokenizer": in_trainer("vae", "vae_local"),
+}
+"""Where upstream's files nest a part: those of training, and all tokenizers. What was trained goes before its running
+average (EMA), as where upstream makes a small file of one of training."""
 FILES = {"transformer": "infinity.pth", "tokenizer": "infinity_vae.pth"}
 """How ``save`` names the parts in a folder."""
 MASKS = ("quantizer.lfq.mask", "quantize.lfq.mask")

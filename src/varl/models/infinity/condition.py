@@ -53,6 +53,12 @@ class TextEncoder:
         """Features of prompts, as they are written: fp32 [length, E] each, the end token included."""
         return [self._one(prompt, device) for prompt in prompts]
 
+    def count(self, prompt: str) -> tuple[int, int]:
+        """The tokens of a prompt, the end token included, and how many of them are read."""
+        if self._tokenizer is None:
+            self._load()
+        return len(self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"]), self.tokens
+
     def _one(self, prompt: str, device: torch.device) -> Tensor:
         if prompt not in self._known:
             if self._model is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from varl.models.fields import fill
+from varl.models.fields import MOST_GRIDS, MOST_SIDE, bounded, choose, fill
 from varl.models.infinity.schedules import RESOLUTIONS, grids
 from varl.schedule import ScaleSchedule
 
@@ -53,6 +54,10 @@ class TransformerConfig:
     bf16ca: bool = False
 
     def __post_init__(self) -> None:
+        bounded(self, "Infinity", depth=256, embed_dim=2**16, num_heads=1024, block_chunks=256)
+        bounded(self, "Infinity", text_channels=2**16, text_maxlen=2**16)
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"Infinity's mlp_ratio must be above 0 and at most 64, got {self.mlp_ratio}")
         if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 4:
             raise ValueError(f"embed_dim {self.embed_dim} must be {self.num_heads} heads of a multiple of 4 channels")
         if self.depth % self.block_chunks:
@@ -99,7 +104,8 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        if self.patch_size < 1 or self.patch_size & (self.patch_size - 1) or self.levels >= len(self.ch_mult):
+        bounded(self, "Infinity", codebook_dim=64, base_ch=4096, ch_mult=64, num_res_blocks=64, patch_size=2**16)
+        if self.patch_size & (self.patch_size - 1) or self.levels >= len(self.ch_mult):
             raise ValueError(f"patch_size {self.patch_size} must be a power of two below 2^{len(self.ch_mult)}")
         for width in {self.base_ch, *(self.base_ch * mult for mult in self.ch_mult)}:
             if width % 32 and width % 24:
@@ -134,10 +140,16 @@ class InfinityConfig:
     tau_list: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.scale_schedule or (1,)) <= MOST_GRIDS or any(
+            not 1 <= side <= MOST_SIDE for grid in self.scale_schedule or () for side in grid
+        ):
+            raise ValueError(f"Infinity's scale_schedule has 1 to {MOST_GRIDS} grids of sides from 1 to {MOST_SIDE}")
+        if not 0 < self.h_div_w < 1e6:
+            raise ValueError(f"h_div_w is a positive height / width, got {self.h_div_w}")
         if self.pn not in RESOLUTIONS:
-            raise ValueError(f"pn must be one of {', '.join(RESOLUTIONS)}, got {self.pn!r}")
+            raise ValueError(f"pn must be one of {', '.join(RESOLUTIONS)}, got {reprlib.repr(self.pn)}")
         if self.tau_list is not None and not all(tau > 0 for tau in self.tau_list):
-            raise ValueError(f"tau_list must be positive, got {self.tau_list}")
+            raise ValueError(f"tau_list must be positive, got {reprlib.repr(self.tau_list)}")
 
     @property
     def bits(self) -> int:
@@ -206,24 +218,26 @@ def read_config(config: Mapping[str, Any] | None) -> InfinityConfig:
     """
     given = dict(config or {})
     size = given.pop("size", None)
-    if size is not None and size not in SIZES:
-        raise ValueError(f"Infinity has no size {size!r}; there are {', '.join(SIZES)}")
+    if size is not None:
+        size = choose(SIZES, size, "Infinity")
     for part in ("transformer", "tokenizer"):
         inner = given.pop(part, None) or {}
         if not isinstance(inner, Mapping):
-            raise ValueError(f"Infinity's {part} must be a mapping of its fields, not {inner!r}")
+            raise ValueError(f"Infinity's {part} must be a mapping of its fields, not {reprlib.repr(inner)}")
         given |= inner
     merged = SIZES.get(size or "", {}) | given
     names = {kind: {f.name for f in fields(kind)} for kind in (TransformerConfig, TokenizerConfig, InfinityConfig)}
     own = names[InfinityConfig] - {"transformer", "tokenizer"}
     settings = names[TransformerConfig] | names[TokenizerConfig] | own | {"vae_type", "d_vae"}
-    unknown = sorted(merged.keys() - settings - set(ONLY) - PASSED_OVER - DERIVED)
+    unknown = sorted(merged.keys() - settings - set(ONLY) - PASSED_OVER - DERIVED, key=str)
     if unknown:
         fitting = ", ".join(sorted(settings | {"size", "transformer", "tokenizer"}))
-        raise ValueError(f"Infinity has no setting {unknown[0]!r}; there are {fitting}")
+        raise ValueError(f"Infinity has no setting {reprlib.repr(unknown[0])}; there are {fitting}")
     for name, value in ONLY.items():
         if name in merged and merged[name] != value:
-            raise ValueError(f"Infinity with {name} = {merged[name]!r} is not supported, only with {value!r}")
+            raise ValueError(
+                f"Infinity with {name} = {reprlib.repr(merged[name])} is not supported, only with {value!r}"
+            )
     values = _tokenizer_of(merged) | merged
     parts = {
         part: fill(kind, {k: v for k, v in values.items() if k in names[kind]}, f"Infinity's {part}")
@@ -238,6 +252,9 @@ def _tokenizer_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """The tokenizer that upstream pairs with ``vae_type`` (or with ``d_vae``, the bits of a token)."""
     shape = {"patch_size": 8, "ch_mult": (1, 2, 4, 4)} if given.get("apply_spatial_patchify") else {}
     bits = given.get("d_vae")
+    for name in ("d_vae", "vae_type"):
+        if not isinstance(given.get(name) or 0, int):
+            raise ValueError(f"Infinity's {name} must be a whole number of bits, got {reprlib.repr(given[name])}")
     if bits is not None and given.get("apply_spatial_patchify"):
         bits //= 4
     bits = given.get("vae_type") or bits
@@ -245,12 +262,21 @@ def _tokenizer_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fixed(name: str, value: Any) -> Any:
+    lists = ("scale_schedule", "cfg_list", "tau_list")
+    if name in lists and isinstance(value, str):
+        return value  # as a command line gives it, which ``fill`` reads
+    if name in lists and value is not None and not isinstance(value, Sequence):
+        raise ValueError(f"Infinity's {name} must be a list, got {reprlib.repr(value)}")
     if name == "scale_schedule" and value is not None:
+        if not all(isinstance(grid, Sequence) and len(grid) in (2, 3) for grid in value):
+            raise ValueError(f"Infinity's scale_schedule holds grids (height, width), got {reprlib.repr(value)}")
         if any(len(grid) == 3 and grid[0] != 1 for grid in value):
-            raise ValueError(f"Infinity draws pictures: the time of every grid (t, h, w) must be 1, got {value}")
-        return tuple((int(grid[-2]), int(grid[-1])) for grid in value)
+            raise ValueError(
+                f"Infinity draws pictures: the time of every grid (t, h, w) must be 1, got {reprlib.repr(value)}"
+            )
+        return tuple((grid[-2], grid[-1]) for grid in value)
     if name in ("cfg_list", "tau_list") and value is not None:
-        return tuple(float(number) for number in value)
+        return tuple(value)
     return bool(value) if name == "apply_spatial_patchify" else value
 
 
@@ -266,4 +292,4 @@ def _check_derived(made: InfinityConfig, given: Mapping[str, Any]) -> None:
     }
     for name, value in derived.items():
         if given.get(name, value) != value:
-            raise ValueError(f"Infinity's {name} is {value} by its other settings, not {given[name]}")
+            raise ValueError(f"Infinity's {name} is {value} by its other settings, not {reprlib.repr(given[name])}")

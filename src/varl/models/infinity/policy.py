@@ -105,6 +105,11 @@ class Infinity(TeacherForced):
         encoded = [self.text_encoder(given, self._device) for given in texts]
         return self.condition_from(encoded[0], schedule, encoded[1] or None)
 
+    def text_tokens(self, text: str) -> tuple[int, int] | None:
+        """The tokens of a text, and how many of them a condition holds; None if the text encoder does not count."""
+        count = getattr(self.text_encoder, "count", None)
+        return None if count is None else count(text)
+
     def condition_from(
         self, features: Features, schedule: ScaleSchedule | None = None, negative: Features | None = None
     ) -> Condition:

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from varl.models.fields import fill
+from varl.models.files import plain, read_safetensors
 from varl.models.inkling.policy import Inkling, InklingConfig
-from varl.models.weights import load_strict
+from varl.models.weights import load_strict, read_tensors, unwrapped
 
 __all__ = ["PACKAGED", "load", "save"]
 
 PACKAGED = Path(str(files("varl.models.inkling") / "data" / "inkling.safetensors"))
+
+TORCH = (".pth", ".pt", ".bin", ".ckpt")
+"""Endings of torch files, which do not say the shape: that is then the default's, or given."""
 
 
 def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -38,29 +41,27 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
             raise ValueError(f"Inkling has one part, 'model', not {sorted(weights)}")
         weights = weights["model"]
     if isinstance(weights, Mapping):
-        return _build(config or {}, dict(weights), "the state dict given")
+        return _build(config, read_tensors(weights), "the state dict given")
     path = Path(weights) if weights is not None else PACKAGED
     if not path.is_file():
         raise FileNotFoundError(f"no Inkling weights at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("family") != "inkling":
-                raise ValueError(f"{path} holds weights of {metadata.get('family', 'an unnamed family')}, not Inkling")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if path.suffix in TORCH:
+        return _build(config, read_tensors(path), str(path))
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("family") != "inkling":
+        family = plain(metadata.get("family", "an unnamed family"))
+        raise ValueError(f"{path} holds weights of {family}, not Inkling")
     try:
         saved = dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say what shape of Inkling its weights have: {error!r}") from error
-    return _build(saved | dict(config or {}), tensors, str(path))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not say what shape of Inkling its weights have: {plain(repr(error))}") from error
+    return _build(saved | dict(config or {}), unwrapped(tensors, str(path)), str(path))
 
 
-def _build(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], source: str) -> Inkling:
+def _build(config: Mapping[str, Any] | None, tensors: dict[str, torch.Tensor], source: str) -> Inkling:
     try:
         shape = fill(InklingConfig, config, f"the Inkling of {source}")
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     with torch.device("meta"):
         load_strict(Inkling(shape), tensors, source)  # before memory is taken for what the file does not hold

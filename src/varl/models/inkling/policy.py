@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varl.models.blocks import Cache
+from varl.models.fields import grid_sides
 from varl.models.forcing import TeacherForced
 from varl.models.inkling.text import ALPHABET, CELL, PICTURE, layout, parse_prompt
 from varl.models.inkling.tokenizer import Tokenizer
@@ -55,8 +56,7 @@ class InklingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"Inkling's {name} must be a whole number from 1 to {most}, got {value!r}")
-        if not all(isinstance(side, int) for side in sides):
-            raise ValueError(f"Inkling's grids must be whole numbers, got {sides}")
+        grid_sides(self, "Inkling", "grids")
         if len(sides) < 2 or min(sides) < 1 or sides[-1] not in (6, 12, 24) or sides[-1] % sides[-2]:
             raise ValueError(
                 f"Inkling's grids must be two at least, the last of side 6, 12 or 24 and a multiple of the one before; "

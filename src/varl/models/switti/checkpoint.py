@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any, cast
 
 import torch
 
-from varl.models.coded import check_tables, load_tokenizer
-from varl.models.parts import find_parts, read_part, save_parts
+from varl.models.coded import load_tokenizer, load_transformer
+from varl.models.files import read_json
+from varl.models.parts import find_parts, save_parts
 from varl.models.switti.condition import TextEncoders
 from varl.models.switti.model import TransformerConfig, initialise
 from varl.models.switti.policy import Switti, SwittiConfig
-from varl.models.weights import Source, load_strict
+from varl.models.weights import Source
 
 __all__ = ["load", "save"]
 
@@ -38,9 +38,8 @@ def load(config: Mapping[str, Any] | None = None, weights: Any = None) -> Switti
     encoders = _encoders(sources)
     with torch.device("meta"):
         policy = Switti(shape, encoders)
-    tensors, source = read_part(sources["transformer"])
-    load_strict(policy.transformer, tensors, source)
-    check_tables(policy.transformer, f"{source} (use_ar says which attention)", shape.transformer.use_ar)
+    hint = " (use_ar says which attention)"
+    load_transformer(policy.transformer, sources["transformer"], shape.transformer.use_ar, hint)
     load_tokenizer(policy.tokenizer, sources["tokenizer"])
     return policy.eval()
 
@@ -58,7 +57,7 @@ def _saved(source: Source) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
-        values = dict(json.loads(path.read_text()))
+        values = dict(read_json(path))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a configuration: {error}") from error
     known = {"reso", *(f.name for f in fields(TransformerConfig))}

@@ -66,6 +66,11 @@ class TextEncoders:
             model.to(device)
         return self._loaded
 
+    def count(self, text: str) -> tuple[int, int]:
+        """The tokens of a text, its ends included, as the encoder counts that has more; and how many are read."""
+        loaded = self._loaded or self._load(torch.device("cpu"))
+        return max(len(reader(text, truncation=False, verbose=False)["input_ids"]) for reader, _ in loaded), TOKENS
+
     @torch.no_grad()
     def _encode(self, texts: list[str], device: torch.device) -> dict[str, Tensor]:
         states = []

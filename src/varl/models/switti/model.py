@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from varl.models.blocks import Cache, Grids, KeyValueCache, ScaleAttention, WithinScale, run_block
 from varl.models.coded import mask_tables
+from varl.models.fields import bounded, grid_sides
 from varl.models.layers import FeedForward, GatedFeedForward, Modulation, RMSNorm, spread
 from varl.schedule import ScaleSchedule
 
@@ -71,6 +72,9 @@ class TransformerConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         object.__setattr__(self, "embed_dim", self.embed_dim or 64 * self.depth)
         object.__setattr__(self, "num_heads", self.num_heads or self.depth)
+        bounded(self, "Switti", depth=256, embed_dim=2**16, num_heads=1024, Cvae=4096, V=2**24)
+        bounded(self, "Switti", context_dim=2**16, pooled_dim=2**16)
+        grid_sides(self, "Switti", "patch_nums")
         if self.embed_dim % self.num_heads or (self.rope and self.embed_dim // self.num_heads % 4):
             raise ValueError(
                 f"Switti's embed_dim {self.embed_dim} must be a multiple of its num_heads {self.num_heads}, and a "

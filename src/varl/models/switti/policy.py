@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varl.models.blocks import Cache
 from varl.models.coded import CodedPolicy
-from varl.models.fields import fill
+from varl.models.fields import choose, fill
 from varl.models.switti.condition import CROP, TextEncoders
 from varl.models.switti.model import GRIDS_512, Transformer, TransformerConfig
 from varl.models.vqvae import VQVAE, VQVAEConfig
@@ -81,12 +81,10 @@ class SwittiConfig:
         """
         given = dict(given or {})
         known = ("size", "transformer", "tokenizer", *OPTIONS)
-        unknown = sorted(given.keys() - set(known))
+        unknown = sorted(given.keys() - set(known), key=str)
         if unknown:
             raise ValueError(f"Switti has no setting {unknown[0]!r}; it has {', '.join(known)}")
-        size = str(given.get("size", "512"))
-        if size not in SIZES:
-            raise ValueError(f"Switti has no size {size!r}; there are {', '.join(SIZES)}")
+        size = choose(SIZES, given.get("size", "512"), "Switti")
         fields = given.get("transformer") or {}
         if isinstance(fields, Mapping):
             fields = {**SIZES[size], **_grids(saved or {}, "patch_nums"), **_grids(fields, "patch_nums")}
@@ -96,7 +94,8 @@ class SwittiConfig:
         if isinstance(parts, Mapping):
             parts = {**own, **_grids(parts, "v_patch_nums")}
         options = {name: given[name] for name in OPTIONS if name in given}
-        return cls(transformer, fill(VQVAEConfig, parts, "Switti's tokenizer"), **options)
+        tokenizer = fill(VQVAEConfig, parts, "Switti's tokenizer")
+        return fill(cls, {"transformer": transformer, "tokenizer": tokenizer, **options}, "Switti")
 
 
 def _grids(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -104,8 +103,8 @@ def _grids(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     fields = dict(fields)
     reso = fields.pop("reso", None)
     if reso is not None and name not in fields:
-        if reso not in GRIDS:
-            raise ValueError(f"Switti has no grids for reso {reso}; there are {', '.join(map(str, GRIDS))}")
+        if not isinstance(reso, int) or reso not in GRIDS:
+            raise ValueError(f"Switti has no grids for reso {reso!r}; there are {', '.join(map(str, GRIDS))}")
         fields[name] = GRIDS[reso]
     if isinstance(fields.get(name), str):
         fields[name] = tuple(int(side) for side in fields[name].split("_"))
@@ -151,6 +150,11 @@ class Switti(CodedPolicy):
         encoded = self.encoders(["", *(prompt.text for prompt in prompts)], self.device)
         null = {f"null_{name}": value[:1] for name, value in encoded.items()}
         return self.condition_from({name: value[1:] for name, value in encoded.items()} | null, schedule)
+
+    def text_tokens(self, text: str) -> tuple[int, int] | None:
+        """The tokens of a text, and how many of them a condition holds; None if the text encoders do not count."""
+        count = getattr(self.encoders, "count", None)
+        return None if count is None else count(text)
 
     def condition_from(self, features: Mapping[str, Tensor], schedule: ScaleSchedule | None = None) -> Condition:
         """A condition from precomputed features.

@@ -65,6 +65,10 @@ class PromptReader:
             self._rows[text] = prompt_row(pieces, opening, self.config)
         return self._rows[text]
 
+    def count(self, text: str) -> tuple[int, int]:
+        """The pieces of a text, <s> included, and how many of them are read."""
+        return len(self._load()(text, truncation=False, verbose=False).input_ids), self.config.max_text_token_num
+
     def _load(self) -> Any:
         if self._tokenizer is None:
             options: dict[str, Any] = {"use_fast": False, "trust_remote_code": False}

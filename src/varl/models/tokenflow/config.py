@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from varl.models.fields import fill
+from varl.models.fields import MOST_SIDE, bounded, choose, fill
 from varl.schedule import ScaleSchedule
 
 __all__ = ["SIZES", "TokenFlowConfig", "TokenizerConfig", "TransformerConfig", "read_config"]
@@ -68,6 +68,9 @@ class TransformerConfig:
             object.__setattr__(self, name, None if value is None else tuple(int(v) for v in value))
         if self.mm_projector_type != "mlp2x_gelu":
             raise ValueError(f"TokenFlow's mm_projector_type is mlp2x_gelu, not {self.mm_projector_type}")
+        bounded(self, "TokenFlow", vocab_size=2**24, hidden_size=2**16, intermediate_size=2**18)
+        bounded(self, "TokenFlow", num_hidden_layers=256, num_attention_heads=1024, key_heads=1024)
+        bounded(self, "TokenFlow", tokenizer_model_max_length=2**24, max_text_token_num=2**20)
         if self.hidden_size % self.num_attention_heads or self.head_width % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be an even multiple of {self.num_attention_heads} heads"
@@ -132,6 +135,11 @@ class TokenizerConfig:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         object.__setattr__(self, "dec_ch", self.dec_ch or (256 if self.enhanced_decoder else 128))
         object.__setattr__(self, "dec_res", self.dec_res or (4 if self.enhanced_decoder else 2))
+        bounded(self, "TokenFlow", scales=MOST_SIDE, pos_grid=MOST_SIDE, codebook_size=2**24, ch_mult=64)
+        bounded(self, "TokenFlow", codebook_embed_dim=4096, semantic_code_dim=4096, z_channels=2**16)
+        bounded(self, "TokenFlow", enc_ch=4096, dec_ch=4096, enc_res=64, dec_res=64)
+        bounded(self, "TokenFlow", vit_width=2**16, vit_layers=256, vit_heads=1024)
+        bounded(self, "TokenFlow", vit_dec_width=2**16, vit_dec_depth=256, vit_dec_heads=1024)
         if self.enc_ch % 32 or self.dec_ch % 32:
             raise ValueError(f"enc_ch {self.enc_ch} and dec_ch {self.dec_ch} must be multiples of 32")
         if self.scales[0] != 1:
@@ -185,8 +193,7 @@ def read_config(config: Mapping[str, Any] | None) -> TokenFlowConfig:
     """
     given = dict(config or {})
     size = given.pop("size", SIZES[0])
-    if size not in SIZES:
-        raise ValueError(f"TokenFlow has no size {size!r}; there is {', '.join(SIZES)}")
+    choose(SIZES, size, "TokenFlow")
     for part, kind in (("transformer", TransformerConfig), ("tokenizer", TokenizerConfig)):
         given[part] = fill(kind, given.get(part), f"TokenFlow's {part}")
     return fill(TokenFlowConfig, given, "TokenFlow")

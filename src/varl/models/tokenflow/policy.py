@@ -89,6 +89,11 @@ class TokenFlow(TeacherForced):
         rows = [self._reader.row(prompt.text) for prompt in prompts]
         return self.condition_from({"prompt": rows, "null": self._reader.row(self.config.negative_prompt)}, schedule)
 
+    def text_tokens(self, text: str) -> tuple[int, int] | None:
+        """The pieces of a text, and how many of them a condition holds; None if the text tokenizer does not count."""
+        count = getattr(self._reader, "count", None)
+        return None if count is None else count(text)
+
     def condition_from(self, features: Mapping[str, Any] | Any, schedule: ScaleSchedule | None = None) -> Condition:
         """A condition from ids made before.
 

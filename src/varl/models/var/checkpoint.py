@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from varl.models.coded import check_tables, load_tokenizer
-from varl.models.parts import find_parts, read_part, save_parts
+from varl.models.coded import load_tokenizer, load_transformer
+from varl.models.parts import find_parts, save_parts
 from varl.models.var.model import initialise
 from varl.models.var.policy import Var, VarConfig
-from varl.models.weights import load_strict
 
 __all__ = ["load", "save"]
 
@@ -29,9 +28,7 @@ def load(config: Mapping[str, Any] | None = None, weights: Any = None) -> Var:
     sources = find_parts(weights, PARTS, PARTS, "VAR")
     with torch.device("meta"):
         policy = Var(shape)
-    tensors, source = read_part(sources["transformer"])
-    load_strict(policy.transformer, tensors, source)
-    check_tables(policy.transformer, source)
+    load_transformer(policy.transformer, sources["transformer"])
     load_tokenizer(policy.tokenizer, sources["tokenizer"])
     return policy.eval()
 

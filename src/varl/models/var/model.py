@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from varl.models.blocks import Cache, Grids, KeyValueCache, run_block
 from varl.models.coded import mask_tables
+from varl.models.fields import bounded, grid_sides
 from varl.models.layers import FeedForward, Modulation, SelfAttention, modulated, spread
 from varl.schedule import ScaleSchedule
 
@@ -58,6 +59,8 @@ class TransformerConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         object.__setattr__(self, "embed_dim", self.embed_dim or 64 * self.depth)
         object.__setattr__(self, "num_heads", self.num_heads or self.depth)
+        bounded(self, "VAR", num_classes=2**20, depth=256, embed_dim=2**16, num_heads=1024)
+        grid_sides(self, "VAR", "patch_nums")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"VAR's embed_dim {self.embed_dim} must be a multiple of its num_heads {self.num_heads}")
 

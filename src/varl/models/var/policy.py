@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from varl.models.coded import CodedPolicy
-from varl.models.fields import fill
+from varl.models.fields import choose, fill
 from varl.models.var.model import GRIDS_256, Transformer, TransformerConfig
 from varl.models.vqvae import VQVAE, VQVAEConfig
 from varl.policy import Condition, Prompt
@@ -57,12 +57,10 @@ class VarConfig:
             ValueError: for anything unknown.
         """
         given = dict(given or {})
-        unknown = sorted(given.keys() - {"size", "transformer", "tokenizer"})
+        unknown = sorted(given.keys() - {"size", "transformer", "tokenizer"}, key=str)
         if unknown:
             raise ValueError(f"VAR has no setting {unknown[0]!r}; it has size, transformer, tokenizer")
-        size = given.get("size", "d16")
-        if size not in SIZES:
-            raise ValueError(f"VAR has no size {size!r}; there are {', '.join(SIZES)}")
+        size = choose(SIZES, given.get("size", "d16"), "VAR")
         fields = given.get("transformer") or {}
         if isinstance(fields, Mapping):
             fields = {**SIZES[size], **fields}

@@ -1,0 +1,127 @@
+"""The texts that a prompt puts in quotes: what a picture of it should show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+__all__ = ["quoted_words"]
+
+Span = tuple[int, int]
+"""Where the opening and the closing mark of a pair are."""
+Opened = tuple[int, int, int]
+"""Where a mark is that is open; the end of the shortened word that it begins, or 0; and the place in the stack of the
+last mark, up to it, that begins none, or -1."""
+
+_INCH = re.compile(r"""(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])"(?!\w)|(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])"(?=[xX×]\s?\d)|(?<=\d\s)"(?=\s)""")
+"""A straight double quote that stands for inches: 12" vinyl, 8"x10"."""
+_OPEN = re.compile(r'["＂“„«‹「『]|(?<!\S)”(?=\S)|(?<!\w)[»›](?=\w)|(?<!\w)[`´](?=\S)')
+_CLOSE = {
+    '"': '"', "＂": "＂", "“": "”", "„": '[“”"]', "”": "”", "«": "»", "»": "«", "‹": "›", "›": "‹", "「": "」", "『": "』",
+    "`": "[`´]", "´": "[`´]",
+}  # fmt: skip
+_CLOSING = {opening: re.compile(closing) for opening, closing in _CLOSE.items()}
+
+_SINGLE = re.compile(r"['‘’‚\n]")
+_ALONE = re.compile(r"(?<=\w )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<= n)['’](?= \w)")
+"""Marks of words such as rock 'n' roll, which open and close nothing."""
+_SHORTENED = re.compile(
+    r"['‘’](?:\d0s|til|em|cause|cos|cuz|n|tis|twas|round|bout|neath|ello|ere|kay)(?!\w)", re.IGNORECASE
+)
+"""Words that begin with an apostrophe, as '90s and 'til do; a quoted text may begin so too."""
+
+
+def quoted_words(text: str) -> tuple[str, ...]:
+    """The texts in quotes, in order; one entry a region.
+
+    Quotes are single or double, straight or curly, also „German“, ”Swedish”, « French », ‹single› and 「Japanese」
+    ones. A quote inside another pair is part of the outer text. Apostrophes (don't, the dogs' bowl, the '90s, rock 'n'
+    roll), feet and inches (5'10", a 12" record) are no quotes. Blank pairs are left out. Single quotes pair within a
+    line.
+    """
+    double = list(_double(text))
+    found, after = [], 0
+    for start, end in sorted([*double, *_single(text, double)]):
+        if start >= after:
+            found.append(text[start + 1 : end].strip())
+            after = end + 1
+    return tuple(word for word in found if word)
+
+
+def _double(text: str) -> Iterator[Span]:
+    """Pairs of all marks but single quotes, none inside another."""
+    at, barren = 0, set()  # kinds of which no mark closes any more: time is linear
+    while opening := _OPEN.search(text, at):
+        kind, at = opening[0], opening.end()
+        if kind in barren or (kind == '"' and _INCH.match(text, opening.start())):
+            continue
+        closing = _CLOSING[kind].search(text, at)
+        while kind == '"' and closing and _inch_inside(text, closing.start()):
+            closing = _CLOSING[kind].search(text, closing.end())
+        if closing is None:
+            barren.add(kind)
+            continue
+        yield opening.start(), closing.start()
+        at = closing.end()
+
+
+def _inch_inside(text: str, at: int) -> bool:
+    """Whether a mark that could close is one of inches, as in "12" VINYL": the next one closes and cannot open."""
+    if not _INCH.match(text, at) or (after := text.find('"', at + 1)) < 0:
+        return False
+    return text[after - 1].isalpha() and not text[after + 1 : after + 2].isalnum()
+
+
+def _single(text: str, double: list[Span]) -> Iterator[Span]:
+    """Pairs of single quotes that are not inside ``double``; also those inside one another.
+
+    A mark closes the last one that is open, so that an apostrophe in front of a word, which nothing closes, takes no
+    part of the text after it.
+    """
+    alone = {mark for match in _ALONE.finditer(text) for mark in range(*match.span())}
+    opened: dict[bool, list[Opened]] = {False: [], True: []}  # straight and curly
+    inside = iter([*double, (len(text), len(text))])
+    start, end = next(inside)
+    for match in _SINGLE.finditer(text):
+        at, mark = match.start(), match[0]
+        while at > end:
+            start, end = next(inside)
+        if mark == "\n":
+            opened = {False: [], True: []}
+        elif at not in alone and not start < at < end:
+            stack = opened[mark != "'"]
+            begun = _closes(text, at) and _begun(stack, text, at)
+            if begun:
+                yield begun[0], at
+            elif _opens(text, at):
+                shortened = _SHORTENED.match(text, at)
+                whole = len(stack) if shortened is None else stack[-1][2] if stack else -1
+                stack.append((at, shortened.end() if shortened else 0, whole))
+
+
+def _opens(text: str, at: int) -> bool:
+    before, after = text[at - 1 : at] if at else "", text[at + 1 : at + 2]
+    if before == "_" or before.isalnum() or text[at] == "’":
+        return False
+    return text[at] == "‘" or not (after in ("", "'") or after.isspace())
+
+
+def _closes(text: str, at: int) -> bool:
+    before, after = text[at - 1 : at] if at else " ", text[at + 1 : at + 2]
+    if after == "_" or after.isalnum() or text[at] == "‚":
+        return False
+    return text[at] == "’" or not before.isspace()
+
+
+def _begun(stack: list[Opened], text: str, at: int) -> Opened | None:
+    """What the mark at a place closes, taken from the stack."""
+    if not stack or (text[at] == "‘" and text[stack[-1][0]] != "‚"):
+        return None  # ‘ closes German quotes only
+    _, shortened, whole = stack[-1]
+    if shortened:
+        # After a shortened word, the mark closes what was opened before it; alone, a possessive closes nothing.
+        if whole >= 0:
+            del stack[whole + 1 :]
+        elif at > shortened and re.match(r"s['’]\s[a-z]", text[at - 1 : at + 3]):
+            return None
+    return stack.pop()
