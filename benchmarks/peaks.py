@@ -30,7 +30,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         batch = cast(int, case.config.run.micro_batch)  # never "auto" here
         run = replace(case.config.run, rollout_batch=batch)
         bench = Bench(replace(case.config, run=run), settings, folder, case.decoder)
-        for optimizer in (bench.trainer.learner.optimizer, bench.naive_optimizer):
+        for optimizer in (*bench.trainer.learner.optimizers.values(), bench.naive_optimizer):
             _make_moments(optimizer)
         kinds: tuple[Kind, ...] = ("prefix", "suffix")
         for kind in kinds:

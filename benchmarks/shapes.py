@@ -138,7 +138,7 @@ class Bench:
             threads=settings.threads,
         )  # fmt: skip
         method = replace(config.method, update="alternate", prefix_updates=1, suffix_updates=1)
-        still = OptimizerConfig(learning_rate=NO_STEP, warmup_from=NO_STEP, warmup_updates=0)
+        still = OptimizerConfig(learning_rate=NO_STEP, warmup_updates=0)
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.trainer = Trainer(replace(config, run=run, method=method, optimizer=still))

@@ -201,7 +201,7 @@ def train(
         return_PG = best_PG1.squeeze(2) + s.eta * ((reward_PGK - best_PG1) / s.eta).expm1().mean(2).log1p()
 
         # GRPO's advantage: how good a sequence is among those of its own prompt. Where all are equal but for rounding,
-        # nothing can be learnt, and dividing by their spread would make something of nothing.
+        # nothing can be learnt, and dividing by their spread would make something of nothing: the group is left out.
         dropped_P1 = failed_PG.any(1, keepdim=True)
         spread_P1 = return_PG.amax(1, keepdim=True) - return_PG.amin(1, keepdim=True)
         equal_P1 = spread_P1 <= 8 * torch.finfo(torch.float32).eps * return_PG.abs().amax(1, keepdim=True)
@@ -209,7 +209,7 @@ def train(
         std_P1 = return_PG.std(1, unbiased=False, keepdim=True)
         advantage_PG = ((return_PG - mean_P1) / (std_P1 + 1e-6)).masked_fill(equal_P1 | dropped_P1, 0.0)
         advantage_B1 = advantage_PG.view(-1, 1)
-        valid_B1 = (~dropped_P1).expand_as(advantage_PG).reshape(-1, 1).float()
+        valid_B1 = (~(equal_P1 | dropped_P1)).expand_as(advantage_PG).reshape(-1, 1).float()
 
         # Mask propagation: only tokens that the regions of a sequence's pictures trace back to carry the policy term.
         # A prefix has K pictures; its mask is the union of theirs.
@@ -242,7 +242,7 @@ def train(
         loss = (policy_BL * weight_BL / n).sum() + (kl_BL * weight_BL * (s.beta / n)).sum()
 
         # A step of AdamW after a linear warm-up. A loss or gradient that is not finite costs this step, not the run;
-        # and where every group is dropped, momentum and weight decay must not move the weights by themselves.
+        # and where every group is left out, momentum and weight decay must not move the weights by themselves.
         optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, s.clip_norm))

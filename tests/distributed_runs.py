@@ -181,7 +181,8 @@ def _bytes(folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """By kind of update: what was sent in an update, and the closed form of it."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for kind in ("prefix", "suffix"):
-        method = MethodConfig(update=cast(Any, kind), prompts=4, group=3, middle="grid:6")
+        middle = "quarter" if kind == "full" else "grid:6"
+        method = MethodConfig(update=cast(Any, kind), prompts=4, group=3, middle=middle)
         for mode in ("ddp", "fsdp2"):
             made = replace(config(folder, f"bytes-{kind}-{mode}", mode, micro_batch=3, ema=0.0), method=method)
             trainer = Trainer(replace(made, evaluation=EvaluationConfig(enabled=False)))

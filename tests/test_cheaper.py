@@ -107,9 +107,9 @@ def test_a_prefix_valued_on_an_early_picture(inkling: Inkling) -> None:
 
 
 def test_a_prefix_valued_on_its_own_picture(inkling: Inkling) -> None:
-    """Nothing is continued, so the return is the picture's reward, whatever the estimator."""
+    """Nothing is continued, so the return is the picture's reward."""
     condition = inkling.condition(make_prompts(2))
-    method = MethodConfig(middle=3, group=2, continuations=1, value_at="grid:3", value="soft-reference")
+    method = MethodConfig(middle=3, group=2, continuations=1, value_at="grid:3")
     plan = updates.plan("prefix", method, inkling.default_schedule)
     with counting(inkling) as found:
         drawn = updates.draw(inkling, condition, plan, Sampling(), (0,))
@@ -119,10 +119,10 @@ def test_a_prefix_valued_on_its_own_picture(inkling: Inkling) -> None:
     assert torch.equal(drawn.trained.actions, expected)
     assert torch.equal(drawn.whole.actions, expected)
     output = RewardOutput.from_scores(torch.arange(4.0), 4)
-    value, valid = updates.returns(output, drawn, plan, method, inkling, make_inkling(1), 4)
+    value, valid = updates.returns(output, drawn, plan, method, inkling, None, 4)
     assert torch.equal(value, torch.arange(4.0))
     assert valid.all()
-    for changes in ({"continuations": 2}, {"continuations_by": "reference", "value": "soft"}):
+    for changes in ({"continuations": 2}, {"continuations_by": "reference"}, {"value": "soft-reference"}):
         with pytest.raises(ValueError, match="prefixes are not continued"):
             updates.plan("prefix", replace(method, **changes), inkling.default_schedule)
 

@@ -79,7 +79,6 @@ def test_impossible_values(config: type, options: dict[str, float]) -> None:
 def test_when_a_reference_is_held() -> None:
     assert MethodConfig().needs_reference
     assert not MethodConfig(beta=0).needs_reference
-    assert not MethodConfig(beta=0, kl="exact").needs_reference
     assert MethodConfig(beta=0, value="soft-reference").needs_reference
     assert MethodConfig(beta=0, value="policy").needs_reference
     assert MethodConfig(beta=0, continuations_by="reference").needs_reference

@@ -106,9 +106,9 @@ def update(
 ) -> Update:
     policy = prepared(family, monkeypatch)
     reference = shaken(frozen_copy(policy), 0.02)
-    method = MethodConfig(
-        update=kind, middle=MIDDLE, prompts=2, group=3, alpha=ALPHA, beta=BETA, clip=CLIP, eta=ETA, epochs=epochs
-    )
+    own = {"middle": MIDDLE} if kind == "suffix" else {"middle": MIDDLE, "eta": ETA} if kind == "prefix" else {}
+    clip = {"clip": CLIP} if epochs > 1 else {}
+    method = MethodConfig(update=kind, prompts=2, group=3, alpha=ALPHA, beta=BETA, epochs=epochs, **own, **clip)
     batch = make_batch(policy, kind, method)
     before = {name: value.clone() for name, value in cast(nn.Module, policy).state_dict().items()}
     optimizer = OptimizerConfig(learning_rate=rate, warmup_updates=0, weight_decay=decay, clip_norm=1e9)

@@ -33,10 +33,10 @@ def test_a_non_finite_loss_skips_the_step(bad: float, micro_batch: int) -> None:
     own = learner(policy, MethodConfig(beta=0), micro_batch=micro_batch)
     before = weights(policy)
     log = own.learn(made, stage)
-    assert log["skipped"] == 1
+    assert log["skipped"] == log["not_finite"] == 1
     assert same(before, weights(policy))
     assert own.steps_taken == 0
-    assert not own.optimizer.state
+    assert not own.optimizers[""].state
     made.advantage_B[0] = 1.0
     assert own.learn(made, stage)["skipped"] == 0
     assert own.steps_taken == 1
@@ -62,6 +62,7 @@ def test_a_batch_without_a_valid_group_moves_nothing() -> None:
     log = own.learn(made, stage)
     assert same(before, weights(policy))
     assert log["skipped"] == 1
+    assert log["not_finite"] == 0
     assert own.steps_taken == 1
     assert log["loss"] == 0
 
@@ -191,8 +192,8 @@ def test_the_state_resumes() -> None:
     two.load_state_dict(one.state_dict())
     second = learner(two, MethodConfig(beta=0), warmup_updates=5)
     second.steps_taken = first.steps_taken
-    stored = stored_moments(one.named_parameters(), first.optimizer)
-    for name, value in new_moments(two.named_parameters(), second.optimizer, stored).items():
+    stored = stored_moments(one.named_parameters(), first.optimizers[""])
+    for name, value in new_moments(two.named_parameters(), second.optimizers[""], stored).items():
         value.copy_(stored[name])
     for own in (first, second):
         own.learn(made, stage)

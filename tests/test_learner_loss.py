@@ -18,12 +18,13 @@ from varl.rollout import row_generators
 
 METHODS = {
     "k3": MethodConfig(beta=0.3),
-    "k2": MethodConfig(beta=0.3, kl="k2", ratio="step"),
+    "k2": MethodConfig(beta=0.3, kl="k2"),
     "exact": MethodConfig(beta=0.3, kl="exact", rescale=False),
     "masked": MethodConfig(beta=0.3, mask=MaskConfig(count="masked")),
     "masked kl": MethodConfig(beta=0.3, mask=MaskConfig(count="masked", kl=True)),
     "sampling": MethodConfig(beta=0.3, logp="sampling"),
     "epochs": MethodConfig(beta=0.3, epochs=2),
+    "step": MethodConfig(beta=0.3, epochs=2, ratio="step"),
 }
 
 

@@ -137,7 +137,7 @@ def tracking(trainer: Trainer) -> Iterator[LiveStorage]:
             live.see(tensor)
             if tensor.grad is not None:
                 live.see(tensor.grad)
-    for state in trainer.learner.optimizer.state.values():
+    for state in trainer.learner.optimizers[""].state.values():
         for value in state.values():
             live.see(value)
     with live:
@@ -167,7 +167,8 @@ def small_run(family: str, folder: Path, **changes: Any) -> TrainConfig:
     prompts.write_text(
         "\n".join(json.dumps({"text": f"the word '{w}' at the top", "label": 1}) for w in ("KEBA", "LUX"))
     )
-    method: dict[str, Any] = {"prompts": 2, "group": 4, "middle": 2, **changes.pop("method", {})}
+    method: dict[str, Any] = {"prompts": 2, "group": 4, **changes.pop("method", {})}
+    method |= {} if method.get("update") == "full" else {"middle": 2}
     run: dict[str, Any] = {"micro_batch": 4, "gallery_every": 0, "diagnose_every": 0, "device": "cpu"}
     return TrainConfig(
         policy=PolicyConfig(family=family, weights=str(weights), config=shape, **changes.pop("policy", {})),

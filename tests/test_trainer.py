@@ -46,7 +46,9 @@ def make_config(weights: Path, out: Path, *, run: dict[str, Any] | None = None, 
         prompts=PromptConfig(count=7),
         reward="tiny_runs:noisy",
         sampling=Sampling(top_p=0.95),
-        method=MethodConfig(**{"prompts": 3, "group": 4, "middle": "grid:6", **method}),
+        method=MethodConfig(
+            **{"prompts": 3, "group": 4, **({} if method.get("update") == "full" else {"middle": "grid:6"}), **method}
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_from=1e-4, warmup_updates=4),
         evaluation=EvaluationConfig(enabled=False),
         run=RunConfig(

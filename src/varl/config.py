@@ -6,7 +6,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from varl.algorithm import KL, AdvantageKind, Count, Coverage, Empty, Estimator, Merge, Propagation, Ratio, RegionShape
+from varl.algorithm import (
+    ESTIMATORS,
+    KL,
+    AdvantageKind,
+    Count,
+    Coverage,
+    Empty,
+    Estimator,
+    Merge,
+    Propagation,
+    Ratio,
+    RegionShape,
+)
+from varl.effects import Rule, refuse_idle
 from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, need
 from varl.sampling import Sampling
 from varl.schedule import MiddleStep
@@ -42,6 +55,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         need(self.rank >= 0, f"policy.lora.rank must be 0 (off) or more, got {self.rank}")
         need(0 < self.alpha < math.inf, f"policy.lora.alpha must be positive and finite, got {self.alpha}")
+        refuse_idle("policy.lora", self, [(self.rank == 0, "with policy.lora.rank 0", ("alpha", "targets"))])
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,8 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         need(0 <= self.dilation < math.inf, f"method.mask.dilation must be 0 or more pixels, got {self.dilation}")
+        others = ("propagation", "empty", "merge", "coverage", "shape", "dilation", "count", "kl")
+        refuse_idle("method.mask", self, [(not self.enabled, "with method.mask.enabled false", others)])
 
 
 @dataclass(frozen=True)
@@ -142,8 +158,11 @@ class MethodConfig:
         prompts: prompts an update.
         group: samples a prompt, compared with one another.
         continuations: K, continuations drawn from every prefix of a prefix update.
-        value: estimator of the middle return; ``soft`` is the paper's. With K = 1 it is the terminal reward.
-        eta: temperature of the middle return.
+        value: estimator of the middle return; ``soft`` is the paper's. With K = 1 ``soft``, ``mean`` and ``max`` are
+            the terminal reward; ``policy`` and ``soft-reference`` need a reference, and are then the reward less eta
+            times the log-ratio of the suffix, under the distribution that it was drawn from.
+        eta: temperature of the middle return. For ``policy`` it prices the log-ratio of a whole suffix: set it to
+            ``beta``, or it drowns the reward.
         continuations_by: who draws the continuations of a prefix update: the ``policy`` (the paper's way), or the
             ``reference``, whose log-mean-exp is the soft value of the paper's Definition 1.
         value_at: the step that prefixes are valued at: ``end``, or one named as the middle step is, where continuations
@@ -153,7 +172,8 @@ class MethodConfig:
             the continuations of the prefix update before, each prefix's a group of its own. That draws and scores
             nothing, from a policy one step old whose ratio is taken to be 1.
         prefix_gradient: a shared prefix is computed once; its keys and values pass gradients on to the weights, so that
-            the update is exact. False stops them there: an approximation that spares the prefix's backward pass.
+            the update is exact. False stops them there in every suffix update: an approximation that spares the
+            prefix's backward pass.
         advantage: how rewards of a group become advantages.
         alpha: exponent of the step weights k_t = 1 / n_t^alpha.
         rescale: divide by the sum of k_t n_t, so that alpha does not change the learning rate.
@@ -166,6 +186,8 @@ class MethodConfig:
         logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
             which costs a second pass where rollouts are guided, and is then the safer one at high learning rates
             (docs/performance.md).
+        zero_variance: a group whose returns are all equal teaches nothing: ``drop`` leaves it out; ``kl`` keeps its KL,
+            which then moves the weights even where no group of an update has variance.
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
@@ -191,6 +213,7 @@ class MethodConfig:
     kl: KL = "k3"
     ratio: Ratio = "token"
     logp: Literal["policy", "sampling"] = "policy"
+    zero_variance: Literal["drop", "kl"] = "drop"
 
     def __post_init__(self) -> None:
         for name in ("prompts", "continuations", "epochs", "prefix_updates", "suffix_updates"):
@@ -201,11 +224,51 @@ class MethodConfig:
         need(0 <= self.beta < math.inf, f"method.beta must be 0 or more, and finite, got {self.beta}")
         need(self.clip > 0, f"method.clip must be positive, got {self.clip}")
         need(
-            self.continuations_by == "policy" or self.value not in ("soft-reference", "policy"),
+            self.continuations_by == "policy" or not ESTIMATORS[self.value].log_ratio,
             f"method.value {self.value} weighs continuations of the policy; with continuations_by reference use soft",
+        )
+        need(
+            self.value != "policy" or self.eta < math.inf,
+            "method.value policy needs a finite method.eta; the mean of the rewards is method.value mean",
         )
         if self.suffix_state == "reused":
             self._check_reuse()
+        refuse_idle("method", self, self._idle())
+        alone = not self.has_prefix or self.continuations == 1
+        refuse_idle(
+            "method.mask",
+            self.mask,
+            [
+                (self.beta == 0, "with method.beta 0", ("kl",)),
+                (alone, "where a sequence is valued by one picture", ("merge",)),
+                (self.alpha == 0 and not self.rescale, "with method.alpha 0 and method.rescale false", ("count",)),
+            ],
+        )
+
+    def _idle(self) -> list[Rule]:
+        """Which settings have no effect beside which others."""
+        kind, one = f"with method.update {self.update}", self.continuations == 1
+        needs = ESTIMATORS[self.value]
+        return [
+            (self.update != "alternate", kind, ("prefix_updates", "suffix_updates")),
+            (self.update == "full", kind, ("middle",)),
+            (not self.has_prefix, kind, ("continuations", "value", "eta", "continuations_by", "value_at")),
+            (not self.has_suffix, kind, ("suffix_state", "prefix_gradient")),
+            (one and not needs.log_ratio, "with method.continuations 1, whose reward is the value", ("value", "eta")),
+            (not needs.eta, f"with method.value {self.value}", ("eta",)),
+            (self.beta == 0, "with method.beta 0", ("kl", "zero_variance")),
+            (self.epochs == 1, "with method.epochs 1, where every ratio is 1", ("clip", "ratio")),
+        ]
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether there are prefix updates."""
+        return self.update in ("alternate", "prefix")
+
+    @property
+    def has_suffix(self) -> bool:
+        """Whether there are suffix updates."""
+        return self.update in ("alternate", "suffix")
 
     def _check_reuse(self) -> None:
         need(self.update == "alternate", "method.suffix_state reused needs prefix updates: method.update alternate")
@@ -222,7 +285,7 @@ class MethodConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether a frozen copy of the initial policy must be held."""
-        return self.beta > 0 or self.value in ("soft-reference", "policy") or self.continuations_by == "reference"
+        return self.beta > 0 or ESTIMATORS[self.value].log_ratio or self.continuations_by == "reference"
 
 
 @dataclass(frozen=True)
@@ -233,10 +296,13 @@ class OptimizerConfig:
         learning_rate: after the warm-up.
         warmup_from: the rate that the warm-up starts at.
         warmup_updates: the warm-up's length.
-        suffix_scale: factor on the learning rate of suffix updates.
+        suffix_scale: factor on the learning rate of suffix updates; beside prefix updates it needs ``moments`` of
+            their own, since shared ones carry most of a suffix gradient into the prefix updates after it.
         betas: decay rates of AdamW's two moments.
         weight_decay: of AdamW, decoupled.
         clip_norm: largest norm of the gradient.
+        moments: AdamW's two moments: ``shared`` by all updates, or those of each ``segment``: prefix and suffix updates
+            then neither carry on nor scale each other's gradients. Takes the memory of the moments once more.
     """
 
     learning_rate: float = 1e-5
@@ -246,6 +312,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     clip_norm: float = 1.0
+    moments: Literal["shared", "segment"] = "shared"
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "suffix_scale"):
@@ -257,6 +324,9 @@ class OptimizerConfig:
         need(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}")
         need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
         need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
+        refuse_idle(
+            "optimizer", self, [(self.warmup_updates == 0, "with optimizer.warmup_updates 0", ("warmup_from",))]
+        )
 
 
 @dataclass(frozen=True)
@@ -291,3 +361,25 @@ class TrainConfig:
             self.parallel.param_dtype == "float32" or computed == {"bfloat16"},
             "parallel.param_dtype bfloat16 needs policy.precision bfloat16, in rollouts too",
         )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Refuse settings of one section that have no effect beside those of another."""
+        method, optimizer, kind = self.method, self.optimizer, f"with method.update {self.method.update}"
+        plain = method.logp == "sampling" and self.sampling.is_plain
+        refuse_idle("method", method, [(plain, "where sampling is the policy's own distribution", ("logp",))])
+        refuse_idle(
+            "optimizer",
+            optimizer,
+            [
+                (not method.has_suffix, kind, ("suffix_scale",)),
+                (method.update != "alternate", kind, ("moments",)),
+            ],
+        )
+        need(
+            optimizer.suffix_scale == 1 or optimizer.moments == "segment" or method.update == "suffix",
+            f"optimizer.suffix_scale {optimizer.suffix_scale} needs optimizer.moments segment: shared moments carry "
+            "most of a suffix gradient into the prefix updates after it, at their rate",
+        )
+        generated = self.prompts.source.startswith("inkling:")
+        refuse_idle("prompts", self.prompts, [(not generated, f"on {self.prompts.source}", ("count",))])

@@ -181,6 +181,18 @@ class Distributed:
         dist.all_gather(parts, padded)
         return [json.loads(bytes(part[: int(n)].numpy())) for part, n in zip(parts, lengths, strict=True)]
 
+    def alike(self, output: RewardOutput) -> RewardOutput:
+        """The output with everything that the output of any process holds.
+
+        What a reward gives may differ between processes, most of all where it failed on one of them. What comes after
+        must not: each process would wait in another place for the others.
+        """
+        own = [list(output.parts), output.regions is not None, output.texts is not None]
+        of_all = self.gather_values(own)
+        parts = dict.fromkeys(name for names, _, _ in of_all for name in names)
+        regions, texts = (any(held[i] for held in of_all) for i in (1, 2))
+        return output.holding(list(parts), regions, texts)
+
     def gather_scores(self, output: RewardOutput) -> RewardOutput:
         """Everyone's scores and their parts, in order, without regions and texts; what a process lacks is NaN."""
         own = {name: values.tolist() for name, values in {"": output.score, **output.parts}.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varl.algorithm import LossInput, LossOutput, policy_loss, token_weights
+from varl.algorithm import KLS, LossInput, LossOutput, policy_loss, token_weights
 from varl.config import MethodConfig, OptimizerConfig
 from varl.distributed import Distributed, Stage
 from varl.policy import Policy
@@ -30,6 +30,7 @@ class Batch:
         advantage_B, valid_B: of every sequence; sequences that are not valid carry no term at all.
         mask_BL: propagated masks, or None.
         rate: factor on the learning rate.
+        segment: whose moments the step uses, where each segment has its own; see ``OptimizerConfig.moments``.
         shared: adjacent sequences whose tokens before ``steps`` are the same.
         reference_logp_BL: what ``Learner.reference_logp`` gives, if that is known already.
         total: sequences that the loss is divided by; where several processes learn together, those of all.
@@ -41,6 +42,7 @@ class Batch:
     valid_B: Tensor
     mask_BL: Tensor | None = None
     rate: float = 1.0
+    segment: str = ""
     shared: int = 1
     reference_logp_BL: Tensor | None = None
     total: int | None = None
@@ -74,13 +76,19 @@ class Learner:
         self.guidance = sampling if method.logp == "sampling" and not sampling.is_plain else None
         self.micro_batch, self.steps_taken = micro_batch, 0
         self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _groups(policy.trainable),
-            optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        segments = ("prefix", "suffix") if optimizer.moments == "segment" else ("",)
+        self.optimizers = {segment: self._adamw() for segment in segments}
+
+    def _adamw(self) -> torch.optim.AdamW:
+        """An optimizer of all that is trained, with moments of its own."""
+        c = self.config
+        groups = _groups(self.policy.trainable)
+        return torch.optim.AdamW(groups, c.learning_rate, betas=c.betas, weight_decay=c.weight_decay, fused=True)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def rate(self) -> float:
         """The learning rate of the next step: linear warm-up, then constant."""
@@ -91,8 +99,8 @@ class Learner:
     def learn(self, batch: Batch, stage: Stage, diagnose: bool = False) -> dict[str, Any]:
         """One optimizer step an epoch on a batch; returns what there is to log.
 
-        A non-finite loss or gradient skips the step and is counted in ``skipped``; so does a batch in which no sequence
-        carries a term, where momentum and weight decay alone would move the weights.
+        ``skipped`` counts the steps that were not taken: for a loss or gradient that is not finite (``not_finite`` of
+        them), or since no sequence carries a term, where momentum and weight decay alone would move the weights.
         """
         if batch.reference_logp_BL is None:
             with stage("reference"):
@@ -102,16 +110,15 @@ class Learner:
         rows = own + self._idle(batch, len(own))
         idle = replace(batch, valid_B=torch.zeros_like(batch.valid_B))
         old: dict[int, Tensor] = {}
-        log: dict[str, Any] = {"skipped": 0}
-        for epoch in range(self.method.epochs):
-            self.optimizer.zero_grad(set_to_none=True)
+        passes = [(batch if index < len(own) else idle, part) for index, part in enumerate(rows)]
+        log: dict[str, Any] = {"skipped": 0, "not_finite": 0}
+        if diagnose and passes:
+            with stage("backward"):
+                log["gradient_norm_by_step"] = self._norms_by_step(batch, passes)
+        for _ in range(self.method.epochs):
+            self.zero_grad()
             figures: list[dict[str, Any]] = []
-            for index, part in enumerate(rows):
-                whose = batch if index < len(own) else idle
-                if diagnose and epoch == index == 0:
-                    with stage("backward"):
-                        divisor = self._share_of_first(own) * batch.divisor
-                        log["gradient_norm_by_step"] = self._norms_by_step(whose, part, divisor)
+            for index, (whose, part) in enumerate(passes):
                 with stage("logp"):
                     inputs, scores = self._inputs(whose, part, old.get(index))
                 old.setdefault(index, inputs.logp_BL.detach())
@@ -124,16 +131,20 @@ class Learner:
                 self.distributed.add_up(self.parameters)
                 plain = [{name: torch.as_tensor(v).tolist() for name, v in part.items()} for part in figures]
                 of_all = [part for given in self.distributed.gather_values(plain) for part in given]
-                norm, taken = self._step(of_all, batch.rate)
+                norm, taken = self._step(of_all, batch)
             log["skipped"] += not taken
+            log["not_finite"] += not taken and bool(of_all)
             log["gradient_norm"] = norm
-            if not of_all:
-                return log | {"loss": 0.0}
-            log |= _summary(of_all)
-        if batch.mask_BL is not None:
-            shares = [[float(part.mean()) for part in batch.mask_BL.split(_counts(batch), 1)]]
-            log["masked_share_by_step"] = self.distributed.gather(torch.tensor(shares)).mean(0).tolist()
-        return log
+            log |= _summary(of_all) if of_all else {"loss": 0.0}
+        return log | self._masked_share(batch)
+
+    def _masked_share(self, batch: Batch) -> dict[str, Any]:
+        """The mean mask of every trained step over all processes' sequences, if there are masks."""
+        mask = batch.mask_BL
+        own = None if mask is None else [float(part.mean()) for part in mask.split(_counts(batch), 1)]
+        # Every process asks, with masks or without: what waits for the others must not hang on what a reward gave.
+        shares = [shares for shares in self.distributed.gather_values(own) if shares is not None]
+        return {"masked_share_by_step": torch.tensor(shares).mean(0).tolist()} if shares else {}
 
     def backward_of_first(self, batch: Batch) -> None:
         """A forward and backward pass over the first micro-batch, to see what it costs; the gradients are added."""
@@ -152,7 +163,7 @@ class Learner:
 
         They ask for no reward, so they can be computed while the pictures are scored.
         """
-        if self.reference is None or self.method.beta == 0 or self.method.kl == "exact":
+        if self.reference is None or self.method.beta == 0 or KLS[self.method.kl].estimate is None:
             return None
         rows = self._groups(torch.ones(len(sequences), dtype=torch.bool), shared)
         return torch.cat([self._scores(self.reference, sequences, steps, shared, part).logp for part in rows])
@@ -191,7 +202,7 @@ class Learner:
         counts = [schedule.counts[s] for s in steps]
         mask = None if batch.mask_BL is None else batch.mask_BL[rows]
         watched = None if old_logp is not None else _watched(counts)
-        exact = method.kl == "exact" and method.beta > 0
+        exact = KLS[method.kl].estimate is None and method.beta > 0
         scores = self._scores(
             self.policy,
             batch.sequences,
@@ -238,39 +249,36 @@ class Learner:
         m = self.method
         return policy_loss(inputs, clip=m.clip, beta=m.beta, kl=m.kl, mask_kl=m.mask.kl, ratio=m.ratio, divisor=divisor)
 
-    def _norms_by_step(self, batch: Batch, rows: Tensor, divisor: float) -> list[float]:
-        """The norm of the parameters' gradient that each trained step's terms give, from one micro-batch a process.
+    def _norms_by_step(self, batch: Batch, passes: list[tuple[Batch, Tensor]]) -> list[float]:
+        """The norm of the gradient that each trained step's terms give, over all sequences.
 
-        Every step has a forward pass of its own, as no graph outlives the sharded weights that it was made with.
+        Every step has passes of its own, as no graph outlives the sharded weights that it was made with.
         """
         norms = []
         for step in batch.steps:
-            self.optimizer.zero_grad(set_to_none=True)
-            inputs, _ = self._inputs(batch, rows, None)
-            step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
-            own = (step_of_token == step).to(inputs.weight_BL.dtype)
-            kl_weight = None if inputs.kl_weight_BL is None else inputs.kl_weight_BL * own
-            part = replace(inputs, weight_BL=inputs.weight_BL * own, kl_weight_BL=kl_weight)
-            self._loss(part, divisor).loss.backward()
+            self.zero_grad()
+            for whose, rows in passes:
+                inputs, _ = self._inputs(whose, rows, None)
+                step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
+                own = (step_of_token == step).to(inputs.weight_BL.dtype)
+                kl_weight = None if inputs.kl_weight_BL is None else inputs.kl_weight_BL * own
+                part = replace(inputs, weight_BL=inputs.weight_BL * own, kl_weight_BL=kl_weight)
+                self._loss(part, batch.divisor).loss.backward()
             self.distributed.add_up(self.parameters)
             norms.append(self.distributed.clip(self.parameters, math.inf))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         return norms
 
-    def _share_of_first(self, own: list[Tensor]) -> float:
-        """The first micro-batches' share of all processes' rows that carry a term."""
-        counts = self.distributed.gather_values([sum(map(len, own[:1])), sum(map(len, own))])
-        return sum(first for first, _ in counts) / sum(rows for _, rows in counts)
-
-    def _step(self, parts: list[dict[str, Any]], rate: float) -> tuple[float, bool]:
+    def _step(self, parts: list[dict[str, Any]], batch: Batch) -> tuple[float, bool]:
         norm = self.distributed.clip(self.parameters, self.config.clip_norm)
         finite = math.isfinite(norm) and all(math.isfinite(part["loss"]) for part in parts)
         if not (finite and parts):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.zero_grad()
             return norm, False
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * rate
-        self.optimizer.step()
+        optimizer = self.optimizers[batch.segment if len(self.optimizers) > 1 else ""]
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate() * batch.rate
+        optimizer.step()
         # Autocast keeps its casts of the weights until it is left: the next epoch would score with the old ones.
         torch.clear_autocast_cache()
         self.steps_taken += 1

@@ -229,7 +229,7 @@ def estimate(config: TrainConfig) -> Estimate:
         Item("trainable transformer", weights + 4 * adapters, sharded=True),
         Item("frozen tokenizer", _bytes(cast(nn.Module, cast(Any, policy).tokenizer))),
         Item("gradients", 4 * trained, sharded=True),
-        Item("AdamW's moments", 8 * trained, sharded=True),
+        Item("AdamW's moments", 8 * trained * (2 if config.optimizer.moments == "segment" else 1), sharded=True),
     ]
     if isinstance(config.policy.weights, dict) and "text_encoder" in config.policy.weights:
         items.append(Item("frozen text encoders", TEXT_ENCODERS.get(policy.family, 0)))

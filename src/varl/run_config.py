@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from varl.effects import refuse_idle
 from varl.sampling import Sampling
 
 __all__ = ["EvaluationConfig", "ParallelConfig", "RunConfig", "need"]
@@ -55,6 +56,17 @@ class EvaluationConfig:
         need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
         for name in ("seed", "prompt_seed", "every"):
             need(getattr(self, name) >= 0, f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
+        others = ("source", "count", "prompt_seed", "seed", "sampling", "every", "alarm_window", "alarm_stops")
+        generated = self.source.startswith("inkling:")
+        refuse_idle(
+            "evaluation",
+            self,
+            [
+                (not self.enabled, "with evaluation.enabled false", others),
+                (window == 0, "with evaluation.alarm_window 0", ("alarm_stops",)),
+                (not generated, f"on {self.source}", ("count", "prompt_seed")),
+            ],
+        )
 
 
 PICTURES = 32
@@ -107,8 +119,10 @@ class RunConfig:
         keep: newest checkpoints kept; that of the best held-out score stays besides.
         failure_window: of how many last updates the failures are counted.
         max_failed_share: stop if in these more than this share of the pictures or optimizer steps failed; 1 is never.
-        gallery_every: updates between pictures of samples and masks; 0 is never.
-        diagnose_every: updates between measurements of the gradient's norm per step; 0 is never.
+        gallery_every: in every so many updates, the last one of each kind leaves pictures of its samples and masks; 0
+            is never.
+        diagnose_every: in every so many updates, the gradient's norm by step is measured at the last one of each kind,
+            over all its sequences, which costs about as much again as each trained step; 0 is never.
     """
 
     out: Path = Path("runs/train")
@@ -134,6 +148,7 @@ class RunConfig:
             need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
         share = self.max_failed_share
         need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
+        refuse_idle("run", self, [(share == 1, "with run.max_failed_share 1", ("failure_window",))])
         for name in ("seed", "threads", "rollout_batch", "gallery_every", "diagnose_every"):
             need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
 

@@ -59,8 +59,8 @@ def log_probs(
             gradient step since it was drawn, may have moved it out.
         prefix: see ``Policy.hidden``.
         shared: adjacent rows whose tokens before ``steps`` are the same; their prefix is computed once for all of them.
-        prefix_gradient: with ``shared``, let gradients reach the weights through the prefix too, as they do without it.
-            False is an approximation that spends nothing on the prefix backward.
+        prefix_gradient: let gradients reach the weights through the tokens before ``steps`` too. False stops them at
+            the prefix's keys and values, shared or not: an approximation that spends nothing on the prefix backward.
         per_event: return log-probabilities per event rather than summed to the token.
         entropy: also return entropies; or bool [L], the tokens to return them of.
         reference: also return the exact KL to this policy, over the policy's support.
@@ -94,7 +94,7 @@ def log_probs(
         return rows
 
     def before(model: Policy, condition: Condition) -> Any:
-        if shared == 1 or steps.start == 0 or not model.shares_keys:
+        if (shared == 1 and prefix_gradient) or steps.start == 0 or not model.shares_keys:
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and prefix_gradient):
             first = condition.select(range(0, len(actions), shared))

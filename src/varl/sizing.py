@@ -51,7 +51,7 @@ def fastest_micro_batch(learner: Learner, sequences: Rollout, steps: range, shar
     finally:
         learner.micro_batch = kept
         learner.distributed.let_go()
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.zero_grad()
     if not seconds:
         raise RuntimeError("run.micro_batch auto: not even one sequence fits into memory; try policy.checkpointing")
     return min(size for size, cost in seconds.items() if cost <= NEARLY * min(seconds.values()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
+from varl.algorithm import Advantages
 from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
@@ -133,6 +134,7 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
+        self._no_variance = False
         patience = OUTLIVED_S if self.distributed.size > 1 else 0.0
         self.folder = RunFolder(config, self.distributed.main, patience)
         try:
@@ -167,18 +169,21 @@ class Trainer:
         sampled = self._reused(plan) if plan.reuses else self._sample(plan, mine)
         drawn, output = sampled.drawn, sampled.output
         with self.stage("return"), self.precision():
-            own = updates.returns(output, drawn, plan, method, self.policy, self.reference, self.learner.micro_batch)
+            models, rows = (self.policy, self.reference), self.learner.micro_batch
+            own = updates.returns(output, drawn, plan, method, *models, rows, self.config.sampling)
             value_PG, valid_PG = (self.distributed.gather(rows).view(-1, plan.group) for rows in own)
             advantages = updates.advantages(value_PG, valid_PG, method)
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
+        learnt_from_P = updates.learnt_from(advantages, method)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
             advantage_B=advantages.advantage_PG.flatten()[mine.start : mine.stop].float(),
-            valid_B=~advantages.dropped_P.repeat_interleave(plan.group)[mine.start : mine.stop],
+            valid_B=learnt_from_P.repeat_interleave(plan.group)[mine.start : mine.stop],
             mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
+            segment=plan.kind,
             shared=self._shared(plan),
             reference_logp_BL=sampled.reference_logp,
             total=total,
@@ -186,12 +191,14 @@ class Trainer:
         record = self._record(plan, output, value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
+        self._warn_of_no_variance(advantages, learnt_from_P)
         if self.ema is not None:
             self.ema.update()
+        show = self._due(self.config.run.gallery_every)
         self.update += 1
         self.pictures += 0 if plan.reuses else method.prompts * plan.pictures
         record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
-        if self._due(self.config.run.gallery_every, after=True) and self.distributed.main:
+        if show and self.distributed.main:
             self._show(sampled, plan, advantages.advantage_PG.flatten(), mask)
         return record
 
@@ -229,6 +236,7 @@ class Trainer:
             reference_logp = self.learner.reference_logp(drawn.trained, plan.steps, self._shared(plan))
         with self.stage("reward"):
             images, output = scoring.result()
+            output = self.distributed.alike(output)
         sampled = Sampled(shown, drawn, images, output, reference_logp)
         self.kept = sampled if method.suffix_state == "reused" else None
         return sampled
@@ -351,14 +359,31 @@ class Trainer:
         """Where the policy is what is evaluated and exported: the average of its weights, if one is kept."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
-    def _due(self, every: int, after: bool = False) -> bool:
-        return every > 0 and (self.update if after else self.update + 1) % every == 0
+    def _due(self, every: int) -> bool:
+        """Whether the update under way is the last one of its kind in ``every`` updates."""
+        if every == 0:
+            return False
+        kinds = [
+            updates.kind_of_update(self.config.method, u)
+            for u in range(self.update, -(-(self.update + 1) // every) * every)
+        ]
+        return kinds[0] not in kinds[1:]
+
+    def _warn_of_no_variance(self, advantages: Advantages, learnt_from_P: Tensor) -> None:
+        """Say so where no group of an update has anything to teach, at the first of several in a row."""
+        none = not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any())
+        if none and not self._no_variance:
+            then = "its step follows the KL alone" if learnt_from_P.any() else "it takes no step"
+            logger.warning("update %d: the returns of every group are equal; %s", self.update + 1, then)
+        self._no_variance = none
 
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(self.learner.micro_batch)
         return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
 
-    def _record(self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Any) -> dict[str, Any]:
+    def _record(
+        self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Advantages
+    ) -> dict[str, Any]:
         scores, kept = self.distributed.gather_scores(output), ~advantages.dropped_P
         fine = ~scores.failed
         parts = {"score": scores.score, **scores.parts}

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varl.algorithm import Advantages, group_advantages, middle_return, token_masks
+from varl.algorithm import ESTIMATORS, Advantages, group_advantages, middle_return, token_masks
 from varl.config import MaskConfig, MethodConfig
 from varl.policy import Condition, Policy
 from varl.rewards import RewardOutput
@@ -18,7 +18,7 @@ from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
-__all__ = ["Drawn", "Kind", "Plan", "advantages", "draw", "kind_of_update", "masks", "plan", "returns"]
+__all__ = ["Drawn", "Kind", "Plan", "advantages", "draw", "kind_of_update", "learnt_from", "masks", "plan", "returns"]
 
 Kind = Literal["full", "prefix", "suffix"]
 
@@ -101,17 +101,28 @@ def plan(kind: Kind, method: MethodConfig, schedule: ScaleSchedule) -> Plan:
         until = total if method.value_at == "end" else schedule.middle(method.value_at)
         if until < m:
             raise ValueError(f"method.value_at is step {until}, and must not be before the middle step {m}")
-        if until == m and (method.continuations > 1 or method.continuations_by != "policy"):
-            raise ValueError(
-                f"method.value_at is the middle step, {m}, where prefixes are not continued: method.continuations must "
-                f"be 1, by the policy; got {method.continuations}, by the {method.continuations_by}"
-            )
+        if until == m:
+            _check_uncontinued(m, method)
         return Plan(kind, range(m), method.group, method.continuations, m, method.group, method.continuations, until)
     if method.suffix_state == "shared":
         return Plan(kind, range(m, total), 1, method.group, m, method.group, 1, total)
     if method.suffix_state == "reused":
         return Plan(kind, range(m, total), method.group, method.continuations, m, method.continuations, 1, total, True)
     return Plan(kind, range(m, total), method.group, 1, total, method.group, 1, total)
+
+
+def _check_uncontinued(m: int, method: MethodConfig) -> None:
+    """Refuse settings of continuations where prefixes are valued at the middle step itself."""
+    if method.continuations > 1 or method.continuations_by != "policy":
+        raise ValueError(
+            f"method.value_at is the middle step, {m}, where prefixes are not continued: method.continuations must "
+            f"be 1, by the policy; got {method.continuations}, by the {method.continuations_by}"
+        )
+    if ESTIMATORS[method.value].log_ratio:
+        raise ValueError(
+            f"method.value_at is the middle step, {m}, where prefixes are not continued: method.value {method.value} "
+            "has no suffix to weigh; leave it out"
+        )
 
 
 @dataclass
@@ -209,37 +220,50 @@ def returns(
     policy: Policy,
     reference: Policy | None,
     micro_batch: int,
+    sampling: Sampling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The return of every trained sequence and whether it is valid, both [rows].
 
     For a prefix it is the middle return V_m over its continuations (Eq. 10); a prefix with a failed continuation is not
-    valid: a mean of fewer draws is another number.
+    valid: a mean of fewer draws is another number. Of other updates it is the reward.
+
+    Args:
+        sampling: what the continuations were drawn with; an estimator that weighs them by their log-ratio needs that
+            of the distribution that they came from.
     """
     score, failed = output.score.view(-1, plan.continuations), output.failed.view(-1, plan.continuations)
     valid = ~failed.any(1)
     score = score.masked_fill(failed, 0)
-    if plan.continuations == 1:
-        value = score.squeeze(1)  # whatever the estimator
-    else:
-        logp = reference_logp = None
-        if method.value in ("soft-reference", "policy"):
-            if reference is None:
-                raise ValueError(f"the value estimator {method.value!r} needs a reference policy")
-            suffix = range(plan.branch_at, plan.until)
-            logp, reference_logp = (
-                _sequence_logp(model, drawn.whole, suffix, micro_batch).view(-1, plan.continuations)
-                for model in (policy, reference)
-            )
-        value = middle_return(score, estimator=method.value, eta=method.eta, logp=logp, reference_logp=reference_logp)
+    weighed = plan.kind == "prefix" and ESTIMATORS[method.value].log_ratio
+    if plan.kind != "prefix" or (plan.continuations == 1 and not weighed):
+        return score.squeeze(1), valid
+    logp = reference_logp = None
+    if weighed:
+        if reference is None:
+            raise ValueError(f"the value estimator {method.value!r} needs a reference policy")
+        suffix = range(plan.branch_at, plan.until)
+        logp, reference_logp = (
+            _sequence_logp(model, drawn.whole, suffix, micro_batch, sampling).view(-1, plan.continuations)
+            for model in (policy, reference)
+        )
+    value = middle_return(
+        score,
+        estimator=method.value,
+        eta=method.eta,
+        logp=logp,
+        reference_logp=reference_logp,
+        # The weight of one continuation, divided by itself, would say nothing.
+        self_normalised=plan.continuations > 1,
+    )
     return value, valid
 
 
 @torch.no_grad()
-def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: int) -> Tensor:
-    """Log-probability of all tokens of ``steps`` together, [rows], on the CPU."""
-    parts = []
+def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: int, sampling: Sampling | None) -> Tensor:
+    """Log-probability of all tokens of ``steps`` together under a sampling distribution, [rows], on the CPU."""
+    parts, guidance = [], None if sampling is None or sampling.is_plain else sampling
     for rows in torch.arange(len(whole)).split(micro_batch):
-        scores = log_probs(policy, whole.condition.select(rows), whole.actions[rows], steps)
+        scores = log_probs(policy, whole.condition.select(rows), whole.actions[rows], steps, guidance=guidance)
         parts.append(scores.logp.sum(1).cpu())
     return torch.cat(parts)
 
@@ -247,6 +271,11 @@ def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: in
 def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Advantages:
     """Group-relative advantages of the returns (method, section 4)."""
     return group_advantages(value_PG, valid_PG, kind=method.advantage)
+
+
+def learnt_from(found: Advantages, method: MethodConfig) -> Tensor:
+    """Which groups carry a term of the loss, bool [P]: neither dropped nor, unless their KL is kept, all alike."""
+    return ~found.dropped_P if method.zero_variance == "kl" else ~found.dropped_P & ~found.zero_variance_P
 
 
 def masks(

@@ -102,7 +102,7 @@ def test_every_way_of_failing_skips_the_step_and_is_counted(weights: Path, tmp_p
 def test_too_many_failures_stop_the_run_which_goes_on_later(weights: Path, tmp_path: Path) -> None:
     config = make_config(weights, tmp_path, 8, ["", *["raises"] * 4], failure_window=4, max_failed_share=0.5)
     with pytest.raises(
-        RunError, match=r"in the last 4 updates 75% of the pictures or steps failed; .* allows 50% of 4"
+        RunError, match=r"in the last 4 updates 75% of the pictures could not be scored; .* allows 50% of 4"
     ):
         Trainer(config).run()
     assert [line["failed_pictures"] for line in read_metrics(tmp_path)] == [0, PICTURES, PICTURES, PICTURES]
@@ -123,7 +123,7 @@ def test_failures_are_remembered_by_a_run_that_is_killed(weights: Path, tmp_path
     config = make_config(weights, tmp_path, 8, ways, failure_window=4, max_failed_share=0.5, save_every=1)
     with pytest.raises(KeyboardInterrupt):
         Trainer(config).run(killed)
-    assert list(Trainer(replace(config, run=replace(config.run))).failures.shares) == [1.0]
+    assert list(Trainer(replace(config, run=replace(config.run))).failures.shares) == [(1.0, 0.0)]
 
 
 def test_gradients_that_are_not_finite_skip_the_step_and_count(weights: Path, tmp_path: Path) -> None:
@@ -131,7 +131,9 @@ def test_gradients_that_are_not_finite_skip_the_step_and_count(weights: Path, tm
     head = trainer.policy.trainable.get_parameter("head.weight")
     head.register_hook(lambda gradient: gradient * torch.nan)
     before = head.detach().clone()
-    with pytest.raises(RunError, match="in the last 3 updates 100%"):
+    with pytest.raises(
+        RunError, match="in the last 3 updates 100% of the steps were not taken, as the loss or gradient was not finite"
+    ):
         trainer.run()
     assert torch.equal(head, before)
     assert [line["skipped"] for line in read_metrics(tmp_path)] == [1, 1, 1]
@@ -145,7 +147,9 @@ def test_an_ocr_process_that_dies_costs_a_picture(weights: Path, tmp_path: Path)
         trainer.run()
         assert reader.crashes == 2 * PICTURES // 7
     assert [line["failed_pictures"] for line in read_metrics(tmp_path)] == [1, 2]
-    assert [line["skipped"] for line in read_metrics(tmp_path)] == [0, 0]
+    # Nothing was read in any of the others, so no group has variance: the step is not taken, which is no failure.
+    assert [line["skipped"] for line in read_metrics(tmp_path)] == [1, 1]
+    assert [line["not_finite"] for line in read_metrics(tmp_path)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -163,4 +167,18 @@ def test_pictures_and_steps_are_not_counted_twice() -> None:
     window = FailureWindow(4, 1.0)
     assert window.add(0.25, 0.5) is None
     assert window.add(0.75, 0.5) is None
-    assert list(window.shares) == [0.5, 0.75]
+    assert list(window.shares) == [(0.25, 0.5), (0.75, 0.5)]
+    half = FailureWindow(4, 0.3)
+    assert half.add(0.5, 0.5) is None
+    assert half.add(0.5, 0.5) is None
+    assert "50% of the pictures could not be scored and 50% of the steps" in str(half.add(0.5, 0.5))
+
+
+def test_a_run_too_short_for_the_window_does_not_end_as_if_all_were_well(weights: Path, tmp_path: Path) -> None:
+    config = make_config(weights, tmp_path, 2, ["raises"] * 2)
+    for _ in range(2):  # and the same command says it again
+        with pytest.raises(RunError, match=r"last update, but in the last 2 updates 100% of the pictures"):
+            Trainer(config).run()
+    assert (tmp_path / "weights.safetensors").is_file()
+    fine = make_config(weights, tmp_path / "fine", 3, ["raises", "", ""])
+    Trainer(fine).run()

@@ -7,6 +7,8 @@ One idea a file: ``middle_return`` (VMR), ``advantages`` (GRPO's groups), ``scal
 from varl.algorithm.advantages import AdvantageKind, Advantages, group_advantages
 from varl.algorithm.loss import (
     KL,
+    KLS,
+    KLNeeds,
     LossInput,
     LossOutput,
     Ratio,
@@ -29,17 +31,21 @@ from varl.algorithm.mask_propagation import (
     rasterise,
     token_masks,
 )
-from varl.algorithm.middle_return import Estimator, middle_return
+from varl.algorithm.middle_return import ESTIMATORS, Estimator, EstimatorNeeds, middle_return
 from varl.algorithm.scale_weights import Count, scale_weights, step_shares, token_weights
 
 __all__ = [
+    "ESTIMATORS",
     "KL",
+    "KLS",
     "AdvantageKind",
     "Advantages",
     "Count",
     "Coverage",
     "Empty",
     "Estimator",
+    "EstimatorNeeds",
+    "KLNeeds",
     "LossInput",
     "LossOutput",
     "Merge",

@@ -16,7 +16,7 @@ draws (the paper's rollouts) neither the values nor the gradients of k1, k2 and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,6 +25,8 @@ from torch import Tensor
 
 __all__ = [
     "KL",
+    "KLS",
+    "KLNeeds",
     "LossInput",
     "LossOutput",
     "Ratio",
@@ -55,6 +57,26 @@ def kl_k3(logp: Tensor, reference_logp: Tensor) -> Tensor:
     Schulman, "Approximating KL divergence"). Its expected gradient is the forward KL's."""
     difference = reference_logp - logp
     return difference.expm1() - difference
+
+
+@dataclass(frozen=True)
+class KLNeeds:
+    """A KL estimator and what it is computed from; whoever prepares its inputs asks here.
+
+    Attributes:
+        estimate: of the log-probabilities (logp, reference_logp) of the drawn actions; None if it is computed from the
+            whole distributions, as ``LossInput.exact_kl_BL``.
+    """
+
+    estimate: Callable[[Tensor, Tensor], Tensor] | None
+
+    @property
+    def input(self) -> str:
+        """The field of ``LossInput`` that it needs."""
+        return "exact_kl_BL" if self.estimate is None else "reference_logp_BL"
+
+
+KLS: dict[str, KLNeeds] = {"k3": KLNeeds(kl_k3), "k2": KLNeeds(kl_k2), "exact": KLNeeds(None)}
 
 
 def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -251,15 +273,14 @@ def _step_log_ratio(log_ratio_BL: Tensor, mask_BL: Tensor, step_L: Tensor, count
 
 def _kl_term(inputs: LossInput, kl: KL, keep_BL: Tensor) -> Tensor | None:
     """The KL of every token [B, L], 0 where not kept; None if there is nothing to compute it from."""
-    if kl == "exact":
-        if inputs.exact_kl_BL is None:
-            return None
-        value = _select(keep_BL, inputs.exact_kl_BL)
+    given: Tensor | None = getattr(inputs, KLS[kl].input)
+    if given is None:
+        return None
+    estimate = KLS[kl].estimate
+    if estimate is None:
+        value = _select(keep_BL, given)
     else:
-        if inputs.reference_logp_BL is None:
-            return None
-        estimate = kl_k3 if kl == "k3" else kl_k2
-        value = estimate(_select(keep_BL, inputs.logp_BL), _select(keep_BL, inputs.reference_logp_BL.detach()))
+        value = estimate(_select(keep_BL, inputs.logp_BL), _select(keep_BL, given.detach()))
     return value.reshape(*value.shape[:2], -1).sum(-1)
 
 
@@ -303,9 +324,9 @@ def _relative_steps(steps: Tensor | Sequence[int], device: torch.device) -> tupl
 def _check(inputs: LossInput, low: float, high: float, beta: float, kl: str, ratio: str, divisor: float | None) -> None:
     if not (low >= 0 and high >= 0 and 0 <= beta < float("inf")):
         raise ValueError(f"clip and beta must be at least 0 and beta finite, got clip {(low, high)} and beta {beta}")
-    if kl not in get_args(KL) or ratio not in get_args(Ratio):
+    if kl not in KLS or ratio not in get_args(Ratio):
         raise ValueError(
-            f"kl must be one of {', '.join(get_args(KL))} and ratio one of {', '.join(get_args(Ratio))}, "
+            f"kl must be one of {', '.join(KLS)} and ratio one of {', '.join(get_args(Ratio))}, "
             f"got {kl!r} and {ratio!r}"
         )
     if divisor is not None and not divisor > 0:
@@ -337,8 +358,8 @@ def _check(inputs: LossInput, low: float, high: float, beta: float, kl: str, rat
             raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
     if inputs.valid_B is not None and inputs.valid_B.dtype != torch.bool:
         raise ValueError(f"valid_B must be bool, got {inputs.valid_B.dtype}")
-    if beta > 0 and (inputs.exact_kl_BL if kl == "exact" else inputs.reference_logp_BL) is None:
-        needed = "exact_kl_BL" if kl == "exact" else "reference_logp_BL"
+    needed = KLS[kl].input
+    if beta > 0 and getattr(inputs, needed) is None:
         raise ValueError(f"beta {beta} with kl={kl!r} needs {needed}; give it, or set beta to 0")
 
 

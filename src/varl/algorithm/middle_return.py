@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Estimator", "middle_return"]
+__all__ = ["ESTIMATORS", "Estimator", "EstimatorNeeds", "middle_return"]
 
 Estimator = Literal["soft", "soft-reference", "policy", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class EstimatorNeeds:
+    """What an estimator is computed from besides the rewards; whoever prepares its inputs or checks a recipe asks here.
+
+    Attributes:
+        log_ratio: the log-probabilities of every continuation's suffix, under the distribution that drew it and under
+            the reference. Such an estimator differs from the reward with one continuation, too.
+        eta: the temperature.
+    """
+
+    log_ratio: bool = False
+    eta: bool = False
+
+
+ESTIMATORS: dict[str, EstimatorNeeds] = {
+    "soft": EstimatorNeeds(eta=True),
+    "soft-reference": EstimatorNeeds(log_ratio=True, eta=True),
+    "policy": EstimatorNeeds(log_ratio=True, eta=True),
+    "mean": EstimatorNeeds(),
+    "max": EstimatorNeeds(),
+}
 
 
 @torch.no_grad()
@@ -40,9 +64,10 @@ def middle_return(
                           or it drowns R.
     * ``mean``, ``max``   of R_k.
 
-    Limits: one continuation gives R (``soft``, ``mean``, ``max``); eta = inf gives the (weighted) mean and
-    eta = 0 the maximum, both allowed exactly. Tiny and huge eta are computed without overflow or
-    cancellation.
+    Limits: one continuation gives R (``soft``, ``mean``, ``max``, and ``soft-reference`` where it is
+    self-normalised, whose single weight is 1), R - eta (logp - reference_logp) (``policy``, and
+    ``soft-reference`` where it is not). eta = inf gives the (weighted) mean and eta = 0 the maximum, both
+    allowed exactly. Tiny and huge eta are computed without overflow or cancellation.
 
     Args:
         rewards_K: [..., K] rewards of the continuations, any range.
@@ -75,7 +100,7 @@ def middle_return(
     usable = valid | ~some[..., None]
     reward = torch.where(valid, reward, 0.0)
     log_ratio = torch.zeros_like(reward)
-    if logp is not None and reference_logp is not None and estimator in ("soft-reference", "policy"):
+    if logp is not None and reference_logp is not None and ESTIMATORS[estimator].log_ratio:
         log_ratio = torch.where(valid, (reference_logp - logp).to(reward.dtype), 0.0)
 
     count = usable.sum(-1).to(reward.dtype)
@@ -118,8 +143,8 @@ def _check(
 ) -> None:
     if rewards.ndim < 1 or rewards.shape[-1] < 1:
         raise ValueError(f"rewards_K must be [..., K] with K >= 1 continuations, got shape {tuple(rewards.shape)}")
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     if not eta >= 0:
         raise ValueError(f"eta must be between 0 and inf, got {eta}")
     for name, tensor in (("logp", logp), ("reference_logp", reference_logp), ("valid", valid)):
@@ -127,7 +152,7 @@ def _check(
             raise ValueError(
                 f"{name} must have the shape of rewards_K {tuple(rewards.shape)}, got {tuple(tensor.shape)}"
             )
-    if estimator in ("soft-reference", "policy"):
+    if ESTIMATORS[estimator].log_ratio:
         if logp is None or reference_logp is None:
             raise ValueError(f"estimator {estimator!r} needs logp and reference_logp of every continuation's suffix")
         if eta == math.inf and (estimator == "policy" or not self_normalised):

@@ -58,6 +58,18 @@ class RewardOutput:
         failed = ~torch.isfinite(score)
         return cls(score=score.masked_fill(failed, torch.nan), failed=failed)
 
+    def holding(self, parts: Sequence[str], regions: bool, texts: bool) -> RewardOutput:
+        """The output with more fields, where it lacks them: parts that are NaN, no region found, no text read."""
+        count = len(self.score)
+        lacking = {name: torch.full((count,), torch.nan) for name in parts if name not in self.parts}
+        return RewardOutput(
+            self.score,
+            self.failed,
+            [[] for _ in range(count)] if regions and self.regions is None else self.regions,
+            self.parts | lacking,
+            [""] * count if texts and self.texts is None else self.texts,
+        )
+
     @classmethod
     def joined(cls, outputs: Sequence[RewardOutput]) -> RewardOutput:
         """The outputs of parts of a batch, in order, as one."""

@@ -40,7 +40,7 @@ def run_updates(trainer: Trainer, progress: Callable[[dict[str, Any]], None]) ->
                 folder.metrics.write(record)
                 faults.point("metrics written")
                 progress(record)
-            stop = trainer.failures.add(record["failed_share"], record["skipped"] / trainer.config.method.epochs)
+            stop = trainer.failures.add(record["failed_share"], record["not_finite"] / trainer.config.method.epochs)
             last = trainer.update == run.updates
             if trainer.held_out and (last or (evaluation.every and trainer.update % evaluation.every == 0)):
                 trainer.evaluate()
@@ -55,3 +55,5 @@ def run_updates(trainer: Trainer, progress: Callable[[dict[str, Any]], None]) ->
             raise stop
         folder.checkpoints.wait()
         trainer.finish()
+        if (failed := trainer.failures.at_end()) is not None:
+            raise failed

@@ -47,9 +47,9 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "fingerprint": trainer.fingerprint,
     }
     pending, values["pending"] = pending_pictures(trainer)
-    moments = stored_moments(_trained(trainer), trainer.learner.optimizer)
+    moments = {name: stored_moments(_trained(trainer), own) for name, own in _optimizers(trainer).items()}
     # Rewards may draw from the generators, which are each process's own.
-    groups = {"optimizer": moments, f"rng{trainer.distributed.rank}": rng_state(), "pending": pending}
+    groups = {**moments, f"rng{trainer.distributed.rank}": rng_state(), "pending": pending}
     return _weights(trainer) | {k: v for name, own in groups.items() for k, v in _named(name, own).items()}, values
 
 
@@ -66,16 +66,14 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "give those, or choose another --run.out"
         )
     trainer.stream.load_state_dict(values["prompts"])
-    moments = [name.removeprefix("optimizer.") for name in checkpoint.names() if name.startswith("optimizer.")]
+    moments: dict[str, Tensor] = {}
+    for group, own_moments in _optimizers(trainer).items():
+        stored = [name.removeprefix(f"{group}.") for name in checkpoint.names() if name.startswith(f"{group}.")]
+        moments |= _named(group, new_moments(_trained(trainer), own_moments, stored))
     rng, pending, own = rng_state(), checkpoint.empty("pending"), f"rng{trainer.distributed.rank}"
     if f"{own}.torch" not in checkpoint.names():  # a process more than there were
         own = "rng0"
-    checkpoint.load(
-        _weights(trainer)
-        | _named("optimizer", new_moments(_trained(trainer), trainer.learner.optimizer, moments))
-        | _named(own, rng)
-        | pending
-    )
+    checkpoint.load(_weights(trainer) | moments | _named(own, rng) | pending)
     set_rng_state(rng)
     if values["pending"] is not None:
         tensors = {name.removeprefix("pending."): value for name, value in pending.items()}
@@ -83,7 +81,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
     trainer.learner.steps_taken, trainer.evaluated = values["steps_taken"], values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
-    trainer.failures.shares.extend(values["failures"])
+    trainer.failures.shares.extend((pictures, steps) for pictures, steps in values["failures"])
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
@@ -99,6 +97,11 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
 
 def _trained(trainer: Trainer) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in trainer.policy.trainable.named_parameters() if p.requires_grad]
+
+
+def _optimizers(trainer: Trainer) -> dict[str, torch.optim.Optimizer]:
+    """By the group that their moments have in a checkpoint."""
+    return {f"optimizer_{name}" if name else "optimizer": own for name, own in trainer.learner.optimizers.items()}
 
 
 def _named(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
