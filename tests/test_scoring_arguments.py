@@ -75,6 +75,10 @@ def test_without_prefix_gradient_the_prefix_is_a_constant(inkling: Inkling, bran
     found, expected, all_of_it = (gradients(inkling.transformer, x.square().sum()) for x in (stopped, constant, whole))
     assert close(found, expected)
     assert not close(found, all_of_it)
+    # The same whether the rows' prefix is computed once or for each.
+    alone = log_probs(*given, prefix_gradient=False).logp
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=0)
+    assert close(gradients(inkling.transformer, alone.square().sum()), expected)
     # Where there is no prefix there is nothing to stop.
     given = (inkling, branched.condition, branched.actions, range(2))
     both = [gradients(inkling.transformer, log_probs(*given, prefix_gradient=on).logp.sum()) for on in (True, False)]

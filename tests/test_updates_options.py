@@ -137,6 +137,19 @@ def test_some_of_the_sequences_are_those_of_all(inkling: Inkling, prompts: list[
         assert torch.equal(some.whole.condition.features["cells"], cells)
 
 
+@pytest.mark.parametrize("kind", ["full", "prefix", "suffix"])
+def test_all_are_drawn_together_unless_asked_otherwise(
+    inkling: Inkling, prompts: list[Prompt], kind: updates.Kind
+) -> None:
+    plan, condition = updates.plan(kind, METHOD, inkling.default_schedule), inkling.condition(prompts[:3])
+    seen: list[int] = []
+    given: Any = {"policy": inkling, "condition": condition, "plan": plan, "sampling": Sampling(), "seed": (4,)}
+    for options, expected in (({}, [3 * plan.pictures]), ({"at_once": 1}, [1] * 3 * plan.pictures)):
+        seen.clear()
+        updates.draw(**given, **options, each=lambda part: seen.append(len(part)))
+        assert seen == expected
+
+
 @pytest.mark.parametrize("by_reference", [False, True])
 def test_prefixes_are_continued_by_generators_of_their_own(
     inkling: Inkling, prompts: list[Prompt], by_reference: bool

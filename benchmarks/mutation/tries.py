@@ -29,7 +29,8 @@ from benchmarks.mutation.breaks import Break
 
 __all__ = ["Bench", "Verdict", "attempt", "open_bench", "whole"]
 
-COPIED = ("src", "tests", "benchmarks", "examples", "recipes", "docs")
+NOT_COPIED = ("runs", "dist", "__pycache__")
+"""And what is hidden, such as ``.git`` and ``.venv``."""
 PATIENCE = 4
 """Seconds of the clock per second of the limit, which is of processor time: other work must not look like a hang."""
 OWN = ("varl", "tests", "benchmarks", "conftest")
@@ -64,10 +65,13 @@ class Bench:
         self.limit, self._asker = limit, os.getppid()
         self._folder = tempfile.TemporaryDirectory(prefix="mutants-")
         self.root = Path(self._folder.name)
-        for name in COPIED:
-            if (root / name).exists():
-                shutil.copytree(root / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(root / "pyproject.toml", self.root)
+        for path in root.iterdir():
+            if path.name.startswith(".") or path.name in NOT_COPIED:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, self.root / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, self.root)
 
     def whole(self, tests: Sequence[str]) -> tuple[Verdict, list[str]]:
         """Run tests on the library as it is.

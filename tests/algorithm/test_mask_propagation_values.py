@@ -130,6 +130,18 @@ def test_dilated_polygons_are_the_points_near_them(dilation: float) -> None:
             assert torch.equal(mask > 0, share > 0)
 
 
+@pytest.mark.parametrize("orientation", [1, -1])
+def test_corners_on_a_straight_edge_change_nothing(orientation: int) -> None:
+    """Such a polygon is convex: its dilation is one box, and so exact in soft coverage too."""
+    corners = box(13, 9, 33, 27)
+    middles = (corners + np.roll(corners, -1, 0)) / 2
+    polygon = np.stack([corners, middles], 1).reshape(-1, 2)[::orientation]
+    for dilation in (0.0, 3.0):
+        found = rasterise([polygon], SIZE, GRID, mode="soft", dilation=dilation)
+        expected = covered(13 - dilation, 9 - dilation, 33 + dilation, 27 + dilation)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 def test_soft_masks_of_several_polygons_add_up_to_one_at_most() -> None:
     a, b, c = box(0, 0, 5, 8), box(5, 0, 8, 8), box(2, 0, 9, 8)
     one, two, three = (rasterise(each, SIZE, GRID, mode="soft")[0, 0].item() for each in ([a], [a, b], [a, b, c]))

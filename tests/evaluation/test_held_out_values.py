@@ -207,6 +207,7 @@ def test_intervals_are_the_percentiles_of_a_bootstrap_over_prompts() -> None:
     difference = share - draws @ before / 100
     assert (change.low, change.high) == pytest.approx(tuple(np.percentile(difference, (2.5, 97.5))))
     assert change.value == pytest.approx((hits.sum() - before.sum()) / 100)
+    assert {type(e.value), type(e.low), type(e.high)} == {float}  # what any format can keep
     assert str(e) == f"{e.value:.4f} ({e.low:.4f} to {e.high:.4f})"
 
 
