@@ -11,8 +11,10 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 from varl.recipes import parse_yaml
 
-            values[name] = read(hints[name], value)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+__all__ = ["MOST_GRIDS", "MOST_SIDE", "bounded", "choose", "fill", "grid_sides", "read"]
+
+MOST_GRIDS, MOST_SIDE = 64, 512
+"""Grids of a schedule, and tokens of a side; the largest published have 14 and 64."""
 
 T = TypeVar("T")
 
