@@ -308,6 +308,10 @@ def test_keys_that_are_alike_in_other_places() -> None:
     (["--reward.name", "a:b", "--reward.option", "3"], {"name": "a:b", "option": 3}),
     (["--reward", "{name: 'a:b', option: 3}"], {"name": "a:b", "option": 3}),
     (["--reward.timeout_s", "3"], {"name": "ocr", "best_of": 2, "timeout_s": 3}),
+    (
+        ["--reward.engine.threads", "1", "--reward.engine.det_thresh=0.4", "--reward.timeout_s", "3"],
+        {"name": "ocr", "best_of": 2, "engine": {"threads": 1, "det_thresh": 0.4}, "timeout_s": 3},
+    ),
     (["--reward.name", "ocr", "--reward.timeout_s", "3"], {"name": "ocr", "best_of": 2, "timeout_s": 3}),
     ([], {"name": "ocr", "best_of": 2, "timeout_s": 9}),
 ])  # fmt: skip

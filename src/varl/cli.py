@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ from rich.text import Text
 from varl import commands
 from varl.effects import NoEffect
 from varl.errors import InputError, Interrupted, RunError, checking
-from varl.recipes import check_nulls, check_recipe, check_words, recipes_in, split_recipes
+from varl.recipes import check_nulls, check_recipe, check_words, parse_yaml, recipes_in, split_recipes
 
 __all__ = ["main"]
 
 console = Console(stderr=True, markup=False)
+
+
+Options = dict[tuple[str, ...], Any]
+"""Options of a reward by their paths: ``("engine", "threads")``."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
 
 def _read(name: str, command: Command, words: Sequence[str]) -> Any:
     parser = _parser(name, command)
-    if any(word.startswith("--reward.") for word in words):
-        # Options go to a mapping, which has the name as a key of its own.
-        words = [_named(word, after) for word, after in zip(words, [*words[1:], ""], strict=True)]
+    options: Options = {}
     with checking():
+        if any(field.name == "reward" for field in fields(command.config)):
+            words, options = _options_of_reward(words)
         for word in words:
             if deep := re.match(r"--policy\.config\.([^.=]+)\.", word):
                 raise ValueError(
@@ -83,7 +87,7 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
             check_recipe(path)
         check_words(words)
         values = parser.parse_args(words)
-        _own_reward(parser, words, values)
+        _own_reward(parser, words, values, options)
         check_nulls(command.config, values.as_dict())
         while True:  # one section after the other may have settings to leave out
             try:
@@ -118,22 +122,44 @@ def _leave_out(
         )
 
 
-def _named(word: str, after: str) -> str:
-    """``--reward NAME`` as ``--reward.name NAME``."""
-    value = after if word == "--reward" else word.removeprefix("--reward=")
-    whole = not word.startswith("--reward") or word.startswith("--reward.") or value.lstrip().startswith("{")
-    return word if whole else word.replace("--reward", "--reward.name", 1)
+def _options_of_reward(words: Sequence[str]) -> tuple[list[str], Options]:
+    """The words without ``--reward.OPTION VALUE`` and ``--reward.OPTION.FIELD VALUE``; and these, by their paths."""
+    rest, options, waiting = list[str](), Options(), ""
+    for word in words:
+        path, given, value = word.partition("=")
+        if waiting:
+            options[tuple(waiting.split("."))], waiting = parse_yaml(word), ""
+        elif not word.startswith("--reward."):
+            rest.append(word)
+        elif given:
+            options[tuple(path.removeprefix("--reward.").split("."))] = parse_yaml(value)
+        else:
+            waiting = word.removeprefix("--reward.")
+    if waiting:
+        raise ValueError(f"--reward.{waiting} needs a value")
+    return rest, options
 
 
-def _own_reward(parser: jsonargparse.ArgumentParser, words: Sequence[str], values: Any) -> None:
-    """Where words after a recipe name another reward than it does, drop the options that it gives to its own."""
+def _own_reward(parser: jsonargparse.ArgumentParser, words: Sequence[str], values: Any, options: Options) -> None:
+    """The reward with the options that words give it. Those of the recipe stay only with the recipe's reward."""
     recipe, own = split_recipes(words)
-    if not recipe or not any(re.match(r"--reward(\.name)?(=|$)", word) for word in own):
-        return
-    named, before = (parser.parse_args(some).reward for some in (own, recipe))
-    names = [reward.get("name") if isinstance(reward, dict) else reward for reward in (named, before)]
-    if names[0] != names[1]:
+    named = parser.parse_args(own).reward if any(re.match("--reward(=|$)", word) for word in own) else None
+    if ("name",) in options:
+        named = options[("name",)]
+    if named is not None and _name_of(named) != _name_of(parser.parse_args(recipe).reward):
         values.reward = named
+    if options:
+        values.reward = dict(values.reward) if isinstance(values.reward, dict) else {"name": values.reward}
+    for (*sections, last), value in options.items():
+        inner = values.reward
+        for section in sections:
+            inner[section] = dict(inner[section]) if isinstance(inner.get(section), dict) else {}
+            inner = inner[section]
+        inner[last] = value
+
+
+def _name_of(reward: Any) -> Any:
+    return reward.get("name") if isinstance(reward, dict) else reward
 
 
 def _settings(name: str, command: Command, words: Sequence[str]) -> Any:
