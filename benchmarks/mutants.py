@@ -99,7 +99,8 @@ def try_all(breaks: Sequence[Break], records: Records, workers: int, limit: floa
             jobs = {}
             for one in breaks:
                 pattern = patterns[one.module]
-                jobs[pool.submit(tries.attempt, one, tests[pattern], imported[pattern][1])] = one
+                ordered = tests_of(root, pattern, one.module)
+                jobs[pool.submit(tries.attempt, one, ordered, imported[pattern][1])] = one
             for done, job in enumerate(as_completed(jobs), 1):
                 one, verdict = jobs[job], job.result()
                 records.add(one, verdict)

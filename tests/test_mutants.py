@@ -179,6 +179,9 @@ def test_every_module_and_test_of_the_targets_is_there(monkeypatch: pytest.Monke
     assert "algorithm/__init__.py" not in found
     for pattern in set(found.values()):
         assert targets.tests_of(mutants.ROOT, pattern)
+    files = targets.tests_of(mutants.ROOT, "rewards/*.py", "rewards/ocr.py")
+    assert files[0] == "tests/rewards/test_ocr.py"
+    assert sorted(files) == sorted(targets.tests_of(mutants.ROOT, "rewards/*.py"))
     monkeypatch.setitem(targets.TARGETS, "algorithm/loss.py", ("tests/test_nowhere*.py",))
     with pytest.raises(FileNotFoundError, match=r"test_nowhere\*\.py matches no file"):
         targets.tests_of(mutants.ROOT, "algorithm/loss.py")
