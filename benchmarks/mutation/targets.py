@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["TARGETS", "modules", "tests_of"]
+__all__ = ["TARGETS", "modules", "quick_tests"]
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "algorithm/advantages.py": ("tests/algorithm/test_advantages*.py", "tests/algorithm/test_theory.py"),
@@ -38,7 +38,7 @@ def modules(root: Path) -> dict[str, str]:
     return found
 
 
-def tests_of(root: Path, pattern: str, module: str = "") -> list[str]:
+def quick_tests(root: Path, pattern: str, module: str = "") -> list[str]:
     """The test files of the modules of a pattern, the most telling first; before them those named as the module is.
 
     Raises:
