@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.mutation import tries
 from benchmarks.mutation.breaks import KINDS, Break, drawn
-from benchmarks.mutation.targets import modules, tests_of
+from benchmarks.mutation.targets import modules, quick_tests
 from benchmarks.mutation.tries import Verdict
 
 __all__ = ["Records", "report", "try_all"]
@@ -89,7 +89,7 @@ def try_all(breaks: Sequence[Break], records: Records, workers: int, limit: floa
         RuntimeError: if the tests of a module do not pass, or do not end within the limit, on the library as it is.
     """
     patterns = modules(root)
-    tests = {pattern: tests_of(root, pattern) for pattern in sorted({patterns[one.module] for one in breaks})}
+    tests = {pattern: quick_tests(root, pattern) for pattern in sorted({patterns[one.module] for one in breaks})}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, tries.open_bench, (root, limit)) as pool:
         try:
@@ -99,7 +99,8 @@ def try_all(breaks: Sequence[Break], records: Records, workers: int, limit: floa
             jobs = {}
             for one in breaks:
                 pattern = patterns[one.module]
-                jobs[pool.submit(tries.attempt, one, tests[pattern], imported[pattern][1])] = one
+                ordered = quick_tests(root, pattern, one.module)
+                jobs[pool.submit(tries.attempt, one, ordered, imported[pattern][1])] = one
             for done, job in enumerate(as_completed(jobs), 1):
                 one, verdict = jobs[job], job.result()
                 records.add(one, verdict)

@@ -119,6 +119,7 @@ def test_what_is_broken(source: str, expected: set[tuple[str, str, str]]) -> Non
         "logger.warning('a', 1 + 2)",
         "import torch\nx = torch.stack(*y, device=z)",
         "x = y.to(device)",
+        "import builtins\nx = builtins.zip(*y, strict=True)",
     ],
 )
 def test_what_is_left_alone(source: str) -> None:
@@ -178,10 +179,13 @@ def test_every_module_and_test_of_the_targets_is_there(monkeypatch: pytest.Monke
     assert {"algorithm/loss.py", "updates.py", "evaluation/held_out.py"} <= set(found)
     assert "algorithm/__init__.py" not in found
     for pattern in set(found.values()):
-        assert targets.tests_of(mutants.ROOT, pattern)
+        assert targets.quick_tests(mutants.ROOT, pattern)
+    files = targets.quick_tests(mutants.ROOT, "rewards/*.py", "rewards/ocr.py")
+    assert files[0] == "tests/rewards/test_ocr.py"
+    assert sorted(files) == sorted(targets.quick_tests(mutants.ROOT, "rewards/*.py"))
     monkeypatch.setitem(targets.TARGETS, "algorithm/loss.py", ("tests/test_nowhere*.py",))
     with pytest.raises(FileNotFoundError, match=r"test_nowhere\*\.py matches no file"):
-        targets.tests_of(mutants.ROOT, "algorithm/loss.py")
+        targets.quick_tests(mutants.ROOT, "algorithm/loss.py")
 
 
 LIBRARY = """def double(x):

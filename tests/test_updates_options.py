@@ -16,7 +16,7 @@ from varl.algorithm import AdvantageKind, group_advantages, middle_return, token
 from varl.config import MaskConfig, MethodConfig
 from varl.models.inkling import Inkling
 from varl.rewards import RewardOutput
-from varl.rollout import rollout, row_generators
+from varl.rollout import Rollout, rollout, row_generators
 from varl.sampling import Sampling
 
 METHOD = MethodConfig(middle=3, prompts=2, group=2, continuations=2)
@@ -148,6 +148,9 @@ def test_all_are_drawn_together_unless_asked_otherwise(
         seen.clear()
         updates.draw(**given, **options, each=lambda part: seen.append(len(part)))
         assert seen == expected
+    parts: list[Rollout] = []
+    made = updates.draw(**given, each=parts.append)
+    assert made.whole is parts[0]  # and not a copy of it
 
 
 @pytest.mark.parametrize("by_reference", [False, True])

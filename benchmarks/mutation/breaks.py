@@ -227,6 +227,10 @@ class _Places(ast.NodeVisitor):
         self._call(node)
         self.generic_visit(node)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg not in UNSEEN:
+            self.generic_visit(node)
+
     def visit_Raise(self, node: ast.Raise) -> None:
         self.add("call dropped", node, ast.Pass())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["TARGETS", "modules", "tests_of"]
+__all__ = ["TARGETS", "modules", "quick_tests"]
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "algorithm/advantages.py": ("tests/algorithm/test_advantages*.py", "tests/algorithm/test_theory.py"),
@@ -17,7 +17,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "scoring.py": ("tests/test_scoring*.py", "tests/test_rollout*.py"),
     "rollout.py": ("tests/test_rollout*.py", "tests/test_updates*.py"),
     "trainer*.py": ("tests/test_trainer*.py", "tests/test_cheaper*.py", "tests/evaluation/test_alarm*.py"),
-    "rewards/*.py": ("tests/rewards/test_*.py",),
+    "rewards/*.py": ("tests/rewards/test_*.py", "tests/test_cheaper*.py"),
     "evaluation/*.py": ("tests/evaluation/test_*.py",),
 }
 """Modules under ``src/varl``, by pattern, and their tests. What a later pattern matches too belongs to the first."""
@@ -38,14 +38,15 @@ def modules(root: Path) -> dict[str, str]:
     return found
 
 
-def tests_of(root: Path, pattern: str) -> list[str]:
-    """The test files of the modules of a pattern, the most telling first.
+def quick_tests(root: Path, pattern: str, module: str = "") -> list[str]:
+    """The test files of the modules of a pattern, the most telling first; before them those named as the module is.
 
     Raises:
         FileNotFoundError: if one matches no file.
     """
     files = [path.relative_to(root).as_posix() for each in TARGETS[pattern] for path in _matching(root, each)]
-    return list(dict.fromkeys(files))
+    own = f"test_{Path(module).stem}"
+    return sorted(dict.fromkeys(files), key=lambda file: not Path(file).stem.startswith(own))
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
