@@ -340,7 +340,7 @@ def test_home(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
 def test_home_of_reward_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/my/home")
     for name in ("det_model", "rec_model"):
-        with pytest.raises(FileNotFoundError, match="no (det|rec) model: /my/home/x"):
+        with pytest.raises(FileNotFoundError, match=r"no (det|rec) model: /my/home/x"):
             _model_files(OcrConfig(**{name: "~/x"}))  # type: ignore[arg-type]
 
 
