@@ -110,7 +110,7 @@ def _closes(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else " ", text[at + 1 : at + 2]
     if after == "_" or after.isalnum() or text[at] == "‚":
         return False
-    return text[at] == "’" or not before.isspace()
+    return text[at] == "’" or not (before == "'" or before.isspace())
 
 
 def _begun(stack: list[Opened], text: str, at: int) -> Opened | None:
