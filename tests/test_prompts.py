@@ -26,25 +26,6 @@ def write(folder: Path, name: str, content: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("a sign 'SALE' and a plate '1234', then 'OPEN'.", ("SALE", "1234", "OPEN")),
-        ('a mug that says "Hello World".', ("Hello World",)),
-        ("don't write on the dogs' bowl, it's Anna's", ()),
-        ("don't forget 'MILK', it's at the kids' shop 'ABC'", ("MILK", "ABC")),
-        ("a sign 'DON'T WALK' by the road", ("DON'T WALK",)),
-        ("""a poster "Rock 'n' Roll" on Joe's wall""", ("Rock 'n' Roll",)),
-        ("a banner “Grüße” and a label ‘déjà vu’", ("Grüße", "déjà vu")),
-        ("""one "A" and one 'B', empty '' and "" """, ("A", "B")),
-        ("only one 'quote", ()),
-        ("('X')", ("X",)),
-    ],
-)
-def test_quoted_words(text, words):
-    assert quoted_words(text) == words
-
-
 def test_text_file(tmp_path):
     path = write(tmp_path, "prompts.txt", "\ufeffa sign 'SALE'\r\n\n   \na mug \"Hi\u2028there\"\n")
     assert load_prompts(path) == [

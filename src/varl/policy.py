@@ -128,12 +128,12 @@ class Policy(Protocol):
     *event, classes], guided if the state was started with guidance. ``decode`` accepts the actions of the first steps
     only (early exit) and returns [batch, 3, H, W] in [0, 1] at the full size. ``guidance_ramp`` gives the factor of
     ``Sampling.guidance`` at every step. Where there is a method ``text_tokens``, it gives the tokens of a text and how
-    many of them a condition holds; the rest is cut. ``trainable`` is the module that reinforcement learning tunes; where it has an
-    attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass. ``lora_targets``
-    names the linear layers (ends of their full names) on which adapters matter. ``shares_keys``: whether a step reads
-    the keys and values of the steps before it; if not, there is nothing of a prefix to share. Where ``trainable`` has
-    an attribute ``undecayed``, it names the parameters that weight decay leaves alone: tables of which an update reads
-    few rows, and what only guidance reads.
+    many of them a condition holds; the rest is cut. ``trainable`` is the module that reinforcement learning tunes;
+    where it has an attribute ``checkpointing``, setting that keeps only its blocks' inputs for the backward pass.
+    ``lora_targets`` names the linear layers (ends of their full names) on which adapters matter. ``shares_keys``:
+    whether a step reads the keys and values of the steps before it; if not, there is nothing of a prefix to share.
+    Where ``trainable`` has an attribute ``undecayed``, it names the parameters that weight decay leaves alone: tables
+    of which an update reads few rows, and what only guidance reads.
     """
 
     family: str

@@ -180,6 +180,14 @@ def test_a_tensor_stretched_over_one_number_can_be_trained(tmp_path: Path) -> No
     assert layer.weight.tolist() == [[5, 1, 1], [1, 1, 1]]
 
 
+@pytest.mark.parametrize("source", [5, [], [3], 1.5, b"a"], ids=str)
+def test_sources_of_another_type_are_refused(source: Any) -> None:
+    with pytest.raises(ValueError, match="weights are a path"):
+        read_tensors(source)
+    with pytest.raises(ValueError, match="Inkling's weights are a path"):
+        load_policy("inkling", weights=source)
+
+
 def test_what_files_say_fits_a_line() -> None:
     assert plain("a\x1b[1mb\x1b[0m\nc\x07") == "ab c"
     assert plain("x" * 10**6) == "x" * 200 + "..."

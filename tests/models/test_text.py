@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.switti.test_condition import save_encoder
 from varl.models.text import load_text
@@ -35,6 +37,19 @@ def test_the_text_half_of_a_published_clip(tmp_path: Path, capfd: pytest.Capture
     assert torch.equal(model(ids).last_hidden_state, alone[1](ids).last_hidden_state)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinity"), (torch.int8, "is I8, not F64")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: Any, message: str) -> None:
+    save_encoder(tmp_path / "clip", 8, "!")
+    path = tmp_path / "clip" / "model.safetensors"
+    state = load_file(path)
+    key = next(key for key in state if key.endswith("fc1.weight"))
+    state[key] = state[key].to(value) if isinstance(value, torch.dtype) else state[key].fill_(value)
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message) as refused:
+        load_text(tmp_path / "clip", *CLIP)
+    assert "fc1.weight" in str(refused.value)
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:

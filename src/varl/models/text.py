@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from varl.models.files import plain
+from varl.models.weights import check_finite
+
 __all__ = ["load_text"]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_text(
@@ -24,7 +31,7 @@ def load_text(
     Raises:
         ImportError: if transformers is missing.
         FileNotFoundError: if there is no such folder.
-        ValueError: if it holds something else.
+        ValueError: if it holds something else, or weights that are not finite floating numbers.
     """
     try:
         import transformers
@@ -47,6 +54,8 @@ def load_text(
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"{folder} holds no {what} that transformers can read as {tokenizer}: {reason}") from error
     _check(f"{folder} holds no {what} of transformers' class {model}", reader, found, info)
+    _check_kinds(folder)
+    check_finite(dict(found.named_parameters()), str(folder))
     return reader, found.eval().requires_grad_(False)
 
 
@@ -57,6 +66,16 @@ def _check(what: str, reader: Any, model: Any, info: Mapping[str, Any]) -> None:
         raise ValueError(f"{what}: {len(missing)} of its weights are missing ({', '.join(missing[:3])}, ...)")
     if len(reader) > model.config.vocab_size:
         raise ValueError(f"{what}: its tokenizer has {len(reader)} pieces, its weights {model.config.vocab_size}")
+
+
+def _check_kinds(folder: Path) -> None:
+    """transformers casts whatever numbers a file has: whole ones are no weights, quantised ones lack their scale."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        for key, kind in kinds.items():
+            if key.endswith((".weight", ".bias")) and kind not in FLOATS:
+                raise ValueError(f"weights of {path} cannot be used: {plain(key)} is {kind}, not {' or '.join(FLOATS)}")
 
 
 @contextmanager

@@ -77,8 +77,10 @@ def read_tensors(source: Source, nested: Sequence[Sequence[str]] = ()) -> dict[s
         return _unwrap(source, nested, describe(source))
     if isinstance(source, str | Path):
         files = _files(Path(source))
-    else:
+    elif isinstance(source, Sequence) and source and all(isinstance(path, str | Path) for path in source):
         files = [file for path in source for file in _files(Path(path))]
+    else:
+        raise ValueError(f"weights are a path, a list of paths or a state dict, not {plain(repr(source))}")
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = _read_file(file, nested)

@@ -17,8 +17,8 @@ _INCH = re.compile(r"""(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])"(?!\w)|(?<=[\d¼½¾⅓
 """A straight double quote that stands for inches: 12" vinyl, 8"x10"."""
 _OPEN = re.compile(r'["＂“„«‹「『]|(?<!\S)”(?=\S)|(?<!\w)[»›](?=\w)|(?<!\w)[`´](?=\S)')
 _CLOSE = {
-    '"': '"', "＂": "＂", "“": "”", "„": '[“”"]', "”": "”", "«": "»", "»": "«", "‹": "›", "›": "‹", "「": "」", "『": "』",
-    "`": "[`´]", "´": "[`´]",
+    '"': '"', "＂": "＂", "“": "”", "„": '[“”"]', "”": "”", "`": "[`´]", "´": "[`´]",
+    "«": "»", "»": "«", "‹": "›", "›": "‹", "「": "」", "『": "』",
 }  # fmt: skip
 _CLOSING = {opening: re.compile(closing) for opening, closing in _CLOSE.items()}
 
@@ -110,7 +110,7 @@ def _closes(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else " ", text[at + 1 : at + 2]
     if after == "_" or after.isalnum() or text[at] == "‚":
         return False
-    return text[at] == "’" or not before.isspace()
+    return text[at] == "’" or not (before == "'" or before.isspace())
 
 
 def _begun(stack: list[Opened], text: str, at: int) -> Opened | None:

@@ -42,6 +42,8 @@ def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[
         weights = weights["model"]
     if isinstance(weights, Mapping):
         return _build(config, read_tensors(weights), "the state dict given")
+    if not isinstance(weights, str | Path | None):
+        raise ValueError(f"Inkling's weights are a path or a state dict, not {plain(repr(weights))}")
     path = Path(weights) if weights is not None else PACKAGED
     if not path.is_file():
         raise FileNotFoundError(f"no Inkling weights at {path}")

@@ -67,7 +67,7 @@ class PromptReader:
 
     def count(self, text: str) -> tuple[int, int]:
         """The pieces of a text, <s> included, and how many of them are read."""
-        return len(self._load()(text, truncation=False, verbose=False).input_ids), self.config.max_text_token_num
+        return len(self._load()(text).input_ids), self.config.max_text_token_num
 
     def _load(self) -> Any:
         if self._tokenizer is None:

@@ -1,0 +1,65 @@
+"""Which texts of a prompt are quoted, and which marks are apostrophes or inches."""
+
+import time
+
+import pytest
+
+from varl.prompts import quoted_words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a sign 'SALE' and a plate '1234', then 'OPEN'.", ("SALE", "1234", "OPEN")),
+        ('a mug that says "Hello World".', ("Hello World",)),
+        ("don't write on the dogs' bowl, it's Anna's", ()),
+        ("don't forget 'MILK', it's at the kids' shop 'ABC'", ("MILK", "ABC")),
+        ("a sign 'DON'T WALK' by the road", ("DON'T WALK",)),
+        ("""a poster "Rock 'n' Roll" on Joe's wall""", ("Rock 'n' Roll",)),
+        ("a banner “Grüße” and a label ‘déjà vu’", ("Grüße", "déjà vu")),
+        ("""one "A" and one 'B', empty '' and "" """, ("A", "B")),
+        ("only one 'quote", ()),
+        ("('X')", ("X",)),
+        # Feet and inches.
+        ('a 12" vinyl record with the label "BLUE NOTE"', ("BLUE NOTE",)),
+        ("""a man of 5'10" under the sign 'HI'""", ("HI",)),
+        ('a 6" x 4" card "HELLO", an 8"x10" photo of "CAT"', ("HELLO", "CAT")),
+        ('two 7" singles, "A" and "B", a 12 " disc', ("A", "B")),
+        ('a plate "1234" and a 6" nail "OK"', ("1234", "OK")),
+        ('a label "12" VINYL" and a 3½" floppy', ('12" VINYL',)),
+        ("a 6' tall door 'EXIT', 12'' of snow", ("EXIT",)),
+        ("a mug “World's #1 Dad”, 3” wide", ("World's #1 Dad",)),
+        # Apostrophes in front of words.
+        ("a '90s poster with 'RAVE' on it", ("RAVE",)),
+        ("the '60s, '70s and '80s: 'HITS'", ("HITS",)),
+        ("the '68 Mustang, 'FOR SALE'", ("FOR SALE",)),
+        ("'til dawn, 'cause we said 'OPEN', get 'em", ("OPEN",)),
+        ("'Murica says 'VOTE'", ("VOTE",)),
+        ("a timer of '30s' in red, 'Hydrate', '12 pounds' in black", ("30s", "Hydrate", "12 pounds")),
+        ("a flyer '90s PARTY' and 'ROCK 'TIL DAWN' live", ("90s PARTY", "ROCK 'TIL DAWN")),
+        ("a ‘90s poster with ‘RAVE’, a ’90s one", ("RAVE",)),
+        ("a '90s poster on the dogs' bowl", ()),
+        # Quotes inside others, and n' between words.
+        ("'Rock 'n' Roll'", ("Rock 'n' Roll",)),
+        ("‘Rock ’n’ Roll’ and rock ‘n’ roll", ("Rock ’n’ Roll",)),
+        ("a rock 'n' roll band, fish 'n' chips, 'COD'", ("COD",)),
+        ("ROCK 'N' ROLL, and the letter 'N' on a door", ("N",)),
+        ("""a note 'I said "HI" twice'""", ('I said "HI" twice',)),
+        ("the dogs' bowl says 'REX', 'It's 5 o'clock'", ("REX", "It's 5 o'clock")),
+        # Marks of other languages.
+        ("« Bonjour » et «C'est l'été»", ("Bonjour", "C'est l'été")),
+        ("ein Schild „Hallo“, »Welt«, ‚ja‘ und ›nein‹", ("Hallo", "Welt", "ja", "nein")),
+        ("en skylt ”HEJ” och ”DÅ”", ("HEJ", "DÅ")),
+        ('「東京」と『大阪』、写着"你好"的牌子', ("東京", "大阪", "你好")),
+        ("‹a› and `b`", ("a", "b")),
+    ],
+)
+def test_quoted_words(text, words):
+    assert quoted_words(text) == words
+
+
+@pytest.mark.parametrize("unit", [" 'a", " 'til", " 'til a'", '5" a" ', " 'til dogs' a", '„ "5" “', " ‚a‘ ’", "«»"])
+def test_quotes_take_time_with_the_length(unit):
+    started = time.process_time()
+    quoted_words(unit * 30_000)
+    assert time.process_time() - started < 5  # with the square of the length it would be minutes
