@@ -14,13 +14,11 @@ from varl.config import (
     MaskConfig,
     MethodConfig,
     OptimizerConfig,
-    PromptConfig,
     RunConfig,
     TrainConfig,
 )
 from varl.effects import NoEffect
 from varl.errors import InputError
-from varl.sampling import Sampling
 
 IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
     "full updates have no middle": (
@@ -88,20 +86,10 @@ IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
     ),
     "no evaluation": (
         EvaluationConfig,
-        {"enabled": False, "every": 5, "sampling": Sampling(), "alarm_stops": True},
-        {"evaluation.every", "evaluation.sampling", "evaluation.alarm_stops"},
+        {"enabled": False, "every": 5, "source": "held-out.jsonl", "alarm_stops": True},
+        {"evaluation.every", "evaluation.alarm_stops"},
     ),
     "no alarm": (EvaluationConfig, {"alarm_window": 0, "alarm_stops": True}, {"evaluation.alarm_stops"}),
-    "a file is not generated": (
-        EvaluationConfig,
-        {"source": "held-out.jsonl", "count": 5, "prompt_seed": 3},
-        {"evaluation.count", "evaluation.prompt_seed"},
-    ),
-    "nor are training prompts": (
-        TrainConfig,
-        {"prompts": PromptConfig("labels:0-9", count=5)},
-        {"prompts.count"},
-    ),
     "nothing is too much": (RunConfig, {"max_failed_share": 1.0, "failure_window": 3}, {"run.failure_window"}),
     "draws are the policy's own": (TrainConfig, {"method": MethodConfig(logp="sampling")}, {"method.logp"}),
     "no suffix": (
@@ -131,7 +119,7 @@ def test_at_its_default_it_is_not(case: str) -> None:
     kind, settings, expected = IDLE[case]
     idle = {name.rpartition(".")[2] for name in expected}
     mended = {name: value for name, value in settings.items() if name not in idle}
-    sections = {"mask": MaskConfig, "prompts": PromptConfig, "method": MethodConfig, "optimizer": OptimizerConfig}
+    sections = {"mask": MaskConfig, "method": MethodConfig, "optimizer": OptimizerConfig}
     for name in mended.keys() & sections.keys():
         mended[name] = sections[name]()
     kind(**mended)
@@ -161,7 +149,6 @@ def test_values_that_have_no_limit() -> None:
 
 
 RECIPE = """
-prompts: {count: 64}
 method: {prefix_updates: 9, middle: grid:6, continuations: 3, value: mean, mask: {merge: mean}}
 optimizer: {moments: segment, suffix_scale: 0.5}
 """
@@ -184,7 +171,6 @@ def test_what_the_command_line_makes_idle_in_a_recipe_is_left_out(
     for name in ("prefix_updates", "middle", "continuations", "value", "mask.merge"):
         assert f"method.{name} of the recipe has no effect beside --method.update full" in said
     assert "optimizer.suffix_scale of the recipe" in said
-    assert read(tmp_path, RECIPE, "--prompts.source", "mine.txt").prompts == PromptConfig("mine.txt")
 
 
 @pytest.mark.parametrize(

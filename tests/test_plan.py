@@ -248,6 +248,9 @@ def test_what_is_always_there() -> None:
     assert item(adapted, "gradients") == 4 * 16 * 8 * 1024 * (4 + 2 + 5 + 5)
 
 
+OTHER_KINDS: list[tuple[str, dict[str, Any]]] = [("suffix", {"middle": 2}), ("full", {})]
+
+
 def test_caches() -> None:
     """Two prompts of four sequences, three continuations each: rows of keys and values that are held at the fork."""
     method = MethodConfig(update="prefix", prompts=2, group=4, continuations=3, middle=2)
@@ -258,8 +261,9 @@ def test_caches() -> None:
     assert item(replace(config, run=RunConfig(rollout_batch=6)), name) == (2 + 6) * row
     assert item(replace(config, run=RunConfig(rollout_batch=2)), name) == (1 + 2) * row
     assert item(replace(config, method=replace(method, continuations_by="reference")), name) == (16 + 24) * row
-    assert item(replace(config, method=replace(method, update="suffix")), name) == (2 + 8) * row
-    assert item(replace(config, method=replace(method, update="full")), name) == 8 * row
+    suffix, full = (MethodConfig(update=kind, prompts=2, group=4, **of) for kind, of in OTHER_KINDS)  # type: ignore
+    assert item(replace(config, method=suffix), name) == (2 + 8) * row
+    assert item(replace(config, method=full), name) == 8 * row
 
 
 def test_adapters_are_counted_as_they_are_made() -> None:

@@ -384,5 +384,3 @@ class TrainConfig:
             f"optimizer.suffix_scale {optimizer.suffix_scale} needs optimizer.moments segment: shared moments carry "
             "most of a suffix gradient into the prefix updates after it, at their rate",
         )
-        generated = self.prompts.source.startswith("inkling:")
-        refuse_idle("prompts", self.prompts, [(not generated, f"on {self.prompts.source}", ("count",))])

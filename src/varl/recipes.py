@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -137,7 +138,7 @@ def _note_keys(node: yaml.Node, path: str, lines: dict[str, int]) -> None:
 
 
 def check_nulls(kind: type, values: Mapping[str, Any], path: str = "") -> None:
-    """Refuse null for settings that must have a value.
+    """Refuse null for settings that must have a value, and what is no section where one belongs.
 
     Args:
         kind: the dataclass of a configuration.
@@ -152,5 +153,9 @@ def check_nulls(kind: type, values: Mapping[str, Any], path: str = "") -> None:
         if value is None:
             if field.name in values and type(None) not in get_args(hint):
                 raise ValueError(f"{name} is null, but must have a value; leave it out for its default")
-        elif is_dataclass(hint) and isinstance(value, Mapping) and isinstance(hint, type):
-            check_nulls(hint, value, f"{name}.")
+        elif section := next((h for h in (hint, *get_args(hint)) if is_dataclass(h) and isinstance(h, type)), None):
+            if is_dataclass(value):
+                continue
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} must be a mapping of settings, got {reprlib.repr(value)}")
+            check_nulls(section, value, f"{name}.")

@@ -99,15 +99,14 @@ class EvaluationConfig:
         window = self.alarm_window
         need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
         need(self.every >= 0, f"evaluation.every must be 0 or more, got {self.every}")
-        others = ("source", "count", "prompt_seed", "seed", "sampling", "every", "alarm_window", "alarm_stops")
-        generated = self.source.startswith("inkling:")
+        # What would be evaluated may stay in a recipe whose evaluation is switched off; when, and what follows, may not.
+        others = ("every", "alarm_window", "alarm_stops")
         refuse_idle(
             "evaluation",
             self,
             [
                 (not self.enabled, "with evaluation.enabled false", others),
                 (window == 0, "with evaluation.alarm_window 0", ("alarm_stops",)),
-                (not generated, f"on {self.source}", ("count", "prompt_seed")),
             ],
         )
 

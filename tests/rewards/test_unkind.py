@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import tiny_runs
+from patience import PATIENCE
 from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, PromptConfig, RunConfig, TrainConfig
 from varl.policy import Prompt
 from varl.rewards import RewardOutput
@@ -264,7 +265,7 @@ def test_a_call_that_hangs_leaves_the_working_directory() -> None:
 
     def fn(images: Tensor, prompts: list[Prompt]) -> Any:
         os.chdir("/")
-        gate.wait(30)
+        gate.wait(PATIENCE)
 
     reward = PythonReward(fn, timeout_s=0.1)
     reward(torch.zeros(3, 3, 4, 4), PROMPTS)
@@ -379,7 +380,7 @@ def test_an_exit_that_cannot_be_caught_does_not_look_finished(tmp_path: Path, pl
         [sys.executable, "-c", code, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
         capture_output=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert (tmp_path / "called2").exists(), ended.stderr
     assert failed_pictures(tmp_path) == [0]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from varl.rewards.host import Host
 from varl.run.files import FolderLock
 from varl.run.signals import Interrupts
@@ -63,7 +64,7 @@ def test_workers_that_a_run_forks_can_be_terminated() -> None:
         [sys.executable, "-c", POOL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"its workers did not end: {process.communicate()}")
@@ -97,7 +98,7 @@ class Parent:
         program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         time.sleep(0.2)
         program.terminate()
-        code = program.wait(30)
+        code = program.wait(PATIENCE)
         with multiprocessing.get_context("fork").Pool(1) as workers:
             return code, workers.apply(_names)
 
@@ -121,7 +122,7 @@ def test_a_fork_that_outlives_a_run_does_not_hold_its_folder(tmp_path: Path) -> 
     child = os.fork()
     if child == 0:
         os.write(writing, b"up")
-        threading.Event().wait(60)
+        threading.Event().wait(PATIENCE)
         os._exit(0)
     try:
         os.read(reading, 2)
