@@ -99,7 +99,7 @@ class EvaluationConfig:
         window = self.alarm_window
         need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
         need(self.every >= 0, f"evaluation.every must be 0 or more, got {self.every}")
-        # What would be evaluated may stay in a recipe whose evaluation is switched off; when, and what follows, may not.
+        # What would be evaluated may stay where evaluation is switched off; when, and what follows from it, may not.
         others = ("every", "alarm_window", "alarm_stops")
         refuse_idle(
             "evaluation",
