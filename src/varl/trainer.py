@@ -200,7 +200,7 @@ class Trainer:
             reference_logp_BL=sampled.reference_logp,
             total=total,
         )
-        record = self._record(plan, output, value_PG, advantages)
+        record = updates.record(plan, self.distributed.gather_scores(output), value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
         self._warn_of_no_variance(advantages, learnt_from_P)
@@ -393,21 +393,3 @@ class Trainer:
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(self.learner.micro_batch)
         return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
-
-    def _record(
-        self, plan: updates.Plan, output: RewardOutput, value_PG: Tensor, advantages: Advantages
-    ) -> dict[str, Any]:
-        scores, kept = self.distributed.gather_scores(output), ~advantages.dropped_P
-        fine = ~scores.failed
-        parts = {"score": scores.score, **scores.parts}
-        return {
-            "kind": plan.kind,
-            "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
-            "failed_pictures": int(scores.failed.sum()),
-            "failed_share": float(scores.failed.float().mean()),
-            "return": float(value_PG[kept].mean()) if kept.any() else None,
-            "group_std": float(advantages.group_std_P[kept].mean()) if kept.any() else None,
-            "zero_variance_groups": float(advantages.zero_variance_P.float().mean()),
-            "dropped_groups": float(advantages.dropped_P.float().mean()),
-            "advantage_abs": float(advantages.advantage_PG.abs().mean()),
-        }

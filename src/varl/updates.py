@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,19 @@ from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
 
-__all__ = ["Drawn", "Kind", "Plan", "advantages", "draw", "kind_of_update", "learnt_from", "masks", "plan", "returns"]
+__all__ = [
+    "Drawn",
+    "Kind",
+    "Plan",
+    "advantages",
+    "draw",
+    "kind_of_update",
+    "learnt_from",
+    "masks",
+    "plan",
+    "record",
+    "returns",
+]
 
 Kind = Literal["full", "prefix", "suffix"]
 
@@ -299,3 +311,20 @@ def masks(
         shape=mask.shape,
         dilation=mask.dilation,
     )
+
+
+def record(plan: Plan, scores: RewardOutput, value_PG: Tensor, found: Advantages) -> dict[str, Any]:
+    """What the log says of all processes' scores, and of the returns and advantages made of them."""
+    kept, fine = ~found.dropped_P, ~scores.failed
+    parts = {"score": scores.score, **scores.parts}
+    return {
+        "kind": plan.kind,
+        "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
+        "failed_pictures": int(scores.failed.sum()),
+        "failed_share": float(scores.failed.float().mean()),
+        "return": float(value_PG[kept].mean()) if kept.any() else None,
+        "group_std": float(found.group_std_P[kept].mean()) if kept.any() else None,
+        "zero_variance_groups": float(found.zero_variance_P.float().mean()),
+        "dropped_groups": float(found.dropped_P.float().mean()),
+        "advantage_abs": float(found.advantage_PG.abs().mean()),
+    }
