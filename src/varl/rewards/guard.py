@@ -20,6 +20,7 @@ import torch
 __all__ = ["Told", "told", "undisturbed", "where"]
 
 _EXIT = os._exit
+_LIBRARY = Path(__file__).parents[1]
 _lock = threading.Lock()
 _calls, _process = 0, 0
 """How many calls are under way, and in which process: what they fork may end itself."""
@@ -200,11 +201,13 @@ def told(error: BaseException) -> str:
 
 
 def where(error: BaseException, file: str | None = None) -> str:
-    """Where an error arose, as "reward.py, line 3": the last line of that file that was met, else the last of all."""
+    """Where an error arose, as "reward.py, line 3": the last line of that file that was met, else the last line that is
+    not the library's, else the last of all."""
     if isinstance(error, Told):
         return error.place
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == file] or frames[-1:]
+    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_LIBRARY)]
+    own = [frame for frame in frames if frame.filename == file] or theirs or frames[-1:]
     return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else "nowhere"
