@@ -36,6 +36,7 @@ def test_the_average_is_the_geometric_sum_of_all_values() -> None:
     torch.testing.assert_close(average.state_dict()["weight"], expected)
 
 
+@pytest.mark.slow
 def test_a_run_exports_its_average_and_goes_on_with_it(tmp_path: Path) -> None:
     weights = tiny_runs.tiny_weights(tmp_path / "tiny.safetensors")
 

@@ -23,6 +23,7 @@ print(kept, plain, faults())
 """
 
 
+@pytest.mark.slow
 def test_large_tensors_come_from_memory_that_was_freed() -> None:
     """64 MB at a time: pages are cleared once, not for every tensor. In a process of its own: it cannot be undone."""
     found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)

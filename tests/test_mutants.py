@@ -234,6 +234,7 @@ def of(before: str, after: str) -> Break:
     return one
 
 
+@pytest.mark.slow
 def test_what_tests_notice_is_told_from_what_they_do_not(toy: Path, tmp_path: Path) -> None:
     killed, hangs, survives = of("x + x", "x - x"), of("x -= 1", "pass"), of("x * 2", "x / 2")
     records = mutants.Records(tmp_path / "seed.jsonl", {"toy.py": LIBRARY})

@@ -99,7 +99,13 @@ def run_until(trainer: Trainer, update: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "killed_at"), [("alternate", 5), ("full", 4), ("prefix", 2), ("suffix", 4)])
+@pytest.mark.parametrize(
+    ("kind", "killed_at"),
+    [
+        ("alternate", 5),
+        *(pytest.param(kind, at, marks=pytest.mark.slow) for kind, at in (("full", 4), ("prefix", 2), ("suffix", 4))),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_numbers(weights: Path, tmp_path: Path, kind: str, killed_at: int) -> None:
     whole = Trainer(make_config(weights, tmp_path / "whole", update=kind))
     whole.run()

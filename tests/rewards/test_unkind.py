@@ -373,6 +373,7 @@ def test_a_run_whose_reward_exits_with_0_goes_on(tmp_path: Path, places: list[st
     assert failed_pictures(tmp_path) == [0, 4, 0]
 
 
+@pytest.mark.slow
 def test_an_exit_that_cannot_be_caught_does_not_look_finished(tmp_path: Path, places: list[str]) -> None:
     code = "import sys; from pathlib import Path; from rewards.test_unkind import leaving; "
     code += "leaving(Path(sys.argv[1]), 'uncaught').run()"

@@ -208,6 +208,7 @@ def test_a_failed_write_is_raised_at_the_next_call_and_leaves_no_trace(
     assert names(tmp_path) == ["update-000010", "update-000030"]
 
 
+@pytest.mark.slow
 def test_an_older_torch_is_named_before_anything_else() -> None:
     older = "import torch.distributed.checkpoint.staging as staging; del staging.DefaultStager; import varl.cli"
     ended = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, check=False)

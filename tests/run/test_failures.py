@@ -78,6 +78,7 @@ def make_config(weights: Path, out: Path, updates: int, ways: Sequence[str] = ()
     )
 
 
+@pytest.mark.slow
 def test_every_way_of_failing_skips_the_step_and_is_counted(weights: Path, tmp_path: Path) -> None:
     trainer = Trainer(make_config(weights, tmp_path, len(WAYS) + 2, WAYS, max_failed_share=1.0))
     states = []

@@ -48,7 +48,10 @@ def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
     process = begin(path)
     process.join(PATIENCE)
     assert process.exitcode == 0
-    assert outcome(told / "run") == outcome(whole / "run")
+    left = [outcome(folder / "run") for folder in (told, whole)]
+    for values in (values for of in left for values in of["values"]):
+        values.pop("run")  # a hash of the settings, among which the rewards' folders differ
+    assert left[0] == left[1]
 
 
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
