@@ -12,15 +12,18 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "algorithm/mask_propagation.py": ("tests/algorithm/test_mask_propagation*.py",),
     "algorithm/middle_return.py": ("tests/algorithm/test_middle_return*.py", "tests/algorithm/test_theory.py"),
     "algorithm/scale_weights.py": ("tests/algorithm/test_scale_weights*.py",),
-    "updates*.py": ("tests/test_updates*.py", "tests/test_learner_loss*.py"),
+    "updates*.py": (
+        *("tests/test_updates*.py", "tests/test_records.py", "tests/test_learner_loss*.py"),
+        "tests/test_whole_updates.py",
+    ),
     "learner*.py": (
-        *("tests/test_learner*.py", "tests/test_savings.py", "tests/test_moments.py", "tests/test_whole_updates.py"),
-        "tests/test_settings_method.py",
+        *("tests/test_learner*.py", "tests/test_records.py", "tests/test_savings.py", "tests/test_moments.py"),
+        *("tests/test_whole_updates.py", "tests/test_settings_method.py"),
     ),
     "scoring.py": ("tests/test_scoring*.py", "tests/test_rollout*.py"),
     "rollout.py": ("tests/test_rollout*.py", "tests/test_updates*.py"),
     "trainer*.py": (
-        *("tests/test_trainer*.py", "tests/test_whole_updates.py", "tests/test_cheaper*.py"),
+        *("tests/test_trainer*.py", "tests/test_records.py", "tests/test_whole_updates.py", "tests/test_cheaper*.py"),
         "tests/evaluation/test_alarm*.py",
     ),
     "rewards/*.py": ("tests/rewards/test_*.py", "tests/test_cheaper*.py"),
