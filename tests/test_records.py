@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import tiny_runs
+import varl.learner
 from bits import Bits
 from learning import batch, learner
+from signatures import defaults
 from test_trainer import make_config
 from varl import updates
 from varl.config import MaskConfig, MethodConfig
@@ -109,3 +112,28 @@ def test_the_pictures_that_are_shown(
     else:
         assert mask.shape == (24, schedule.tokens)
         assert torch.equal(mask[:, schedule.span(range(4))], made.mask_BL.repeat_interleave(2, 0))
+
+
+DEFAULTS: dict[ModuleType, dict[str, dict[str, Any]]] = {
+    updates: {
+        "Plan": {"reuses": False},
+        "draw": {"continued_by": None, "at_once": 0, "trained": None},
+        "returns": {"sampling": None},
+    },
+    varl.learner: {
+        "Batch": {
+            "mask_BL": None,
+            "rate": 1.0,
+            "segment": "",
+            "shared": 1,
+            "reference_logp_BL": None,
+            "total": None,
+        },
+        "Learner": {"distributed": None},
+    },
+}
+
+
+@pytest.mark.parametrize("module", DEFAULTS, ids=lambda module: module.__name__)
+def test_defaults(module: ModuleType) -> None:
+    assert defaults(module) == DEFAULTS[module]

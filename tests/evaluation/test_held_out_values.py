@@ -14,9 +14,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from signatures import defaults
 from small import make_inkling, make_prompts
 from varl import Prompt, Sampling, rollout
+from varl.distributed import Distributed
 from varl.errors import RunError
+from varl.evaluation import held_out
 from varl.evaluation.held_out import Evaluation, comparison_table, evaluate, paired_difference
 from varl.models.inkling import Inkling
 from varl.rewards import RewardOutput
@@ -257,3 +260,40 @@ def test_pairs_are_of_prompts_scored_on_both_sides() -> None:
     assert paired_difference(before, after).value == pytest.approx(1 / 4 - 2 / 4)
     with pytest.raises(ValueError, match="no metric 'reads' in this evaluation; there are word_accuracy, ned, reward"):
         paired_difference(before, after, "reads")
+
+
+class Half(Distributed):
+    """The second of two processes, whose first one drew nothing that is asked for here."""
+
+    def portion(self, items: int) -> range:
+        return range(items // 2, items)
+
+
+def test_progress_is_of_this_process(policy: Inkling) -> None:
+    told: list[tuple[int, int]] = []
+    prompts = make_prompts(6)
+    evaluate(
+        policy,
+        prompts,
+        None,
+        Reader(None),
+        seed=0,
+        batch=2,
+        progress=lambda done, total: told.append((done, total)),
+        distributed=Half(),
+    )
+    assert told == [(2, 3), (3, 3)]
+
+
+def test_defaults_of_evaluation() -> None:
+    assert defaults(held_out) == {
+        "evaluate": {
+            "batch": 32,
+            "progress": None,
+            "samples_per_prompt": 1,
+            "schedule": None,
+            "precision": None,
+            "distributed": None,
+        },
+        "paired_difference": {"metric": "word_accuracy"},
+    }

@@ -6,12 +6,15 @@ import importlib.metadata
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from varl.rewards import load_reward
+from signatures import defaults
+from varl.rewards import base, engine, folding, host, load_reward, ocr, process, python, scoring, worker
 from varl.rewards.base import FailureLog
 from varl.rewards.engine import OcrConfig, OcrEngine, _decode, _model_files, to_pixels
 from varl.rewards.guard import undisturbed
@@ -123,3 +126,43 @@ def test_rounded_weights_are_forgotten_where_a_reward_left_autocast_open(monkeyp
         torch.autocast("cpu", torch.bfloat16).__enter__()
     assert cleared
     assert not torch.is_autocast_enabled("cpu")
+
+
+SCORED = {"bag": "l1", "repeated": "literal", "eps": 1e-5, "confusables": None, "fold": True}
+DEFAULTS: dict[ModuleType, dict[str, dict[str, Any]]] = {
+    base: {"FailureLog": {"most": 20}, "RewardOutput": {"failed": None, "regions": None, "texts": None}},
+    engine: {
+        "OcrConfig": {
+            "threads": 1,
+            "small_side": 128,
+            "det_side_limit": 960,
+            "det_min_side": 64,
+            "det_thresh": 0.3,
+            "box_thresh": 0.5,
+            "polygon_unclip": 0.6,
+            "crop_unclip": 1.0,
+            "small_squeeze": 0.6,
+            "word_boxes": False,
+            "det_model": None,
+            "rec_model": None,
+        },
+        "OcrEngine": {"config": None},
+    },
+    folding: {"folded_words": {"folded": True}},
+    ocr: {
+        "OcrReward": {"engine": None, "timeout_s": None, "regions": "all", **SCORED},
+        "ocr_score": SCORED,
+        "character_similarity": {"eps": 1e-5},
+        **{name: {"fold": True} for name in ("ned", "word_accuracy", "word_hits", "word_neds")},
+    },
+    python: {"PythonReward": {"name": None, "timeout_s": None}, "import_callable": {"options": None}},
+    process: {"ProcessCall": {"timeout_s": None}},
+    scoring: {"Scoring": {"pool": None}},
+    host: {"Host": {"start_timeout_s": 120.0}},
+    worker: {"OcrWorker": {"config": None, "timeout_s": 60.0, "start_timeout_s": 120.0, "make_reader": None}},
+}
+
+
+@pytest.mark.parametrize("module", DEFAULTS, ids=lambda module: module.__name__)
+def test_defaults(module: ModuleType) -> None:
+    assert defaults(module) == DEFAULTS[module]
