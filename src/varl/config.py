@@ -99,8 +99,8 @@ class PromptConfig:
     """Which prompts.
 
     Attributes:
-        source: a prompt file (.txt, .jsonl or CVTG-2K's .json); ``inkling:train`` / ``inkling:held-out``, generated; or
-            ``labels:0-999``, classes for a class-conditional family.
+        source: a prompt file (.txt, .jsonl, .csv, .tsv or CVTG-2K's .json); ``inkling:train`` or ``inkling:held-out``,
+            generated; or ``labels:0-999``, classes for a class-conditional family.
         count: how many prompts to generate; ignored for files.
         seed: of the generated prompts, and of the order.
         region_counts: share of prompts by their number of text regions, e.g. {2: 0.2, 3: 0.3, 4: 0.3, 5: 0.2}.
