@@ -46,24 +46,29 @@ METHODS = {
     "full": MethodConfig(update="full", prompts=3, group=4, epochs=2),
     "reused": MethodConfig(prompts=3, group=4, middle="grid:6", prefix_updates=1, suffix_state="reused"),
     "soft": MethodConfig(update="prefix", prompts=3, group=4, middle="grid:6", value="soft-reference"),
+    "segments": MethodConfig(prompts=3, group=4, middle="grid:6", prefix_updates=1),
 }
-"""Kinds of update. Of 12 sequences in groups of 4, two processes split a group and three do not."""
+"""Kinds of update. Of 12 sequences in groups of 4, two processes split a group and three do not.
+
+In ``segments`` prefix and suffix updates have moments of their own.
+"""
 RUNS = {
     1: [(kind, "ddp") for kind in METHODS],
-    2: [("alternate", "ddp"), ("alternate", "fsdp2"), ("reused", "fsdp2"), ("soft", "fsdp2")],
-    3: [("alternate", "ddp"), ("full", "fsdp2")],
+    2: [("alternate", "ddp"), ("alternate", "fsdp2"), ("reused", "fsdp2"), ("soft", "fsdp2"), ("segments", "fsdp2")],
+    3: [("alternate", "ddp"), ("full", "fsdp2"), ("segments", "ddp")],
 }
 """By number of processes: the kinds and modes that are run."""
 
 
 def config(folder: Path, out: str, mode: str = "ddp", kind: str = "alternate", **run: Any) -> TrainConfig:
+    own: bool = kind == "segments"
     return TrainConfig(
         policy=PolicyConfig(weights=str(folder / "tiny.safetensors")),
         prompts=PromptConfig(count=7),
         reward="tiny_runs:score",
         sampling=Sampling(top_p=0.95),
         method=METHODS[kind],
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_from=1e-4, warmup_updates=4),
+        optimizer=OptimizerConfig(1e-3, 1e-4, 4, **({"suffix_scale": 0.5, "moments": "segment"} if own else {})),
         evaluation=EvaluationConfig(count=5),
         run=RunConfig(
             **{"out": folder / out, "updates": 3, "save_every": 3, "micro_batch": 5, "device": "cpu", "ema": 0.5}
@@ -151,7 +156,7 @@ def three(folder: Path) -> dict[str, Any]:
     """What three processes do; the last run is one that two go on with."""
     runs = in_fp64(folder, 3)
     with in_double():
-        train(config(folder, "resumed", "fsdp2", updates=2))
+        train(config(folder, "resumed", "fsdp2", "segments", updates=2))
     return {"runs": runs}
 
 
@@ -164,7 +169,8 @@ def one_begins(folder: Path) -> None:
 def two_again(folder: Path) -> dict[str, Any]:
     """The rest of the runs that three processes and one began, sharded otherwise."""
     with in_double():
-        three, one = train(config(folder, "resumed")), train(config(folder, "halved", "fsdp2", "reused"))
+        three = train(config(folder, "resumed", kind="segments"))
+        one = train(config(folder, "halved", "fsdp2", "reused"))
     return {"three": three, "one": one}
 
 

@@ -152,7 +152,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[
     distributed_runs.one_begins(folder)
     found, _ = processes.run(2, "distributed_runs.two_again", folder)
     assert (len(found["three"]["actions"]), len(found["one"]["actions"])) == (1, 1)
-    assert_same_run(found["three"], alone["alternate, ddp"])
+    assert_same_run(found["three"], alone["segments, ddp"])
     assert_same_run(found["one"], alone["reused, ddp"])
 
 
