@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -238,6 +238,14 @@ def test_a_run(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert record["skipped"] == 0
         assert math.isfinite(record["loss"])
         assert record["gradient_norm"] > 0
+    stopped = replace(
+        config, method=replace(config.method, prefix_gradient=False), run=replace(config.run, out=tmp_path / "stopped")
+    )
+    if trainer.policy.shares_keys:
+        Trainer(stopped).folder.close()
+    else:
+        with pytest.raises(ValueError, match="prefix_gradient false has no effect on this switti"):
+            Trainer(stopped)
     weights = load_file(tmp_path / "run" / "weights.safetensors")
     first = family.make().trainable.state_dict()
     assert weights.keys() == first.keys()

@@ -104,6 +104,10 @@ class Trainer:
             plan = updates.plan(kind, config.method, self.schedule)
             self.distributed.share(config.method.prompts * plan.sequences)
 
+        if not config.method.prefix_gradient and not self.policy.shares_keys:
+            raise ValueError(
+                f"method.prefix_gradient false has no effect on this {config.policy.family}: its steps read no prefix"
+            )
         p, e = config.prompts, config.evaluation
         prompts = resolve_prompts(p.source, count=p.count, seed=p.seed, region_counts=p.region_counts)
         if len(prompts) < config.method.prompts:
