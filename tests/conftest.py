@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_runs
 from small import make_inkling, make_prompts
 from varl.models.inkling import Inkling
 from varl.policy import Prompt
@@ -37,6 +38,12 @@ def _shared_inkling() -> Inkling:
 def inkling(_shared_inkling: Inkling) -> Inkling:
     """A small random policy, shared: tests must not change it."""
     return _shared_inkling
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny random policy: tests must not change it."""
+    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 @pytest.fixture

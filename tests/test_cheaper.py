@@ -34,11 +34,6 @@ def seen(images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
 CALLS: list[tuple[bool, int, list[str]]] = []
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
 def run(weights: Path, out: Path, method: dict[str, Any], **run: Any) -> Trainer:
     CALLS.clear()
     rollout_precision = run.pop("rollout_precision", None)

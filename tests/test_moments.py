@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import tiny_runs
 from bits import Bits
 from learning import batch, learner, stage
 from test_trainer import assert_same, make_config, metrics, run_until, weights_of
@@ -22,11 +21,6 @@ from varl.trainer import Trainer
 
 METHOD = MethodConfig(beta=0)
 PLAIN = {"weight_decay": 0.0, "learning_rate": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 def segments(policy: Bits) -> dict[str, Batch]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import tiny_runs
 import varl.learner
 from bits import Bits
 from learning import batch, learner
@@ -22,11 +21,6 @@ from varl.config import MaskConfig, MethodConfig
 from varl.rewards import RewardOutput
 from varl.schedule import ScaleSchedule
 from varl.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 def test_a_record() -> None:

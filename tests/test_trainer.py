@@ -34,11 +34,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
 def make_config(weights: Path, out: Path, *, run: dict[str, Any] | None = None, **method: Any) -> TrainConfig:
     """A small run; 7 prompts, so that 3 an update do not fill whole epochs."""
     return TrainConfig(

@@ -24,11 +24,6 @@ from varl.run.metrics import read_metrics
 from varl.trainer import Trainer
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
 def constant(images: Tensor, prompts: Any) -> list[float]:
     return [0.25] * len(images)
 

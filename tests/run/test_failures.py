@@ -62,11 +62,6 @@ WAYS = ["nothing", "a text", "too few", "a square", "NaN", "infinite", "regions 
 WAYS += ["too few regions", "texts that are none", "parts of another length", "raises", "hangs"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_runs.tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
 def make_config(weights: Path, out: Path, updates: int, ways: Sequence[str] = (), **run: Any) -> TrainConfig:
     return TrainConfig(
         policy=PolicyConfig(weights=str(weights)),

@@ -37,10 +37,8 @@ Empty = Literal["ones", "skip"]
 Merge = Literal["union", "mean", "intersection"]
 Array = np.ndarray
 
-# Overlaps smaller than this part of a cell are rounding (polygons are float32), not area.
-_SLIVER = 1e-6
-# Pictures rasterised at a time: bounds the memory, and large enough to hide the cost of a numpy call.
-_CHUNK = 128
+_SLIVER = 1e-6  # of a cell: smaller overlaps are rounding (polygons are float32), not area
+_CHUNK = 128  # pictures at a time: bounds the memory, and hides the cost of a numpy call
 
 
 def rasterise(
