@@ -63,7 +63,12 @@ def moved(policy: Policy) -> Policy:
 def test_new_adapters_change_nothing() -> None:
     plain, policy = make_inkling(), make_inkling()
     add_adapters(policy, CONFIG)
-    assert torch.equal(scores(plain), scores(policy))
+    assert_same(scores(policy), scores(plain))
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but for the last bits, which on some processors follow where in memory a weight lies."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_every_target_has_an_adapter_that_works() -> None:
@@ -90,10 +95,10 @@ def test_without_adapters_it_is_the_old_policy() -> None:
     tuned = scores(moved(policy))
     reference = WithoutAdapters(policy)
     assert not torch.allclose(tuned, scores(plain), atol=1e-3)
-    assert torch.equal(scores(reference), scores(plain))
+    assert_same(scores(reference), scores(plain))
     with adapters_off(policy):
-        assert torch.equal(scores(policy), scores(plain))
-    assert torch.equal(scores(policy), tuned)
+        assert_same(scores(policy), scores(plain))
+    assert_same(scores(policy), tuned)
     assert all(p.requires_grad for name, p in policy.trainable.named_parameters() if ".lora_" in name)
 
     condition = plain.condition(make_prompts(3))
