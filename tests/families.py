@@ -21,7 +21,7 @@ from varl.config import PolicyConfig
 from varl.loading import prepare
 from varl.policy import Policy, Prompt
 
-__all__ = ["FAMILIES", "Family", "actions_of", "every", "prepared", "prompts", "scored", "shaken"]
+__all__ = ["FAMILIES", "Family", "actions_of", "assert_same", "every", "prepared", "prompts", "scored", "shaken"]
 
 GRIDS = (1, 2, 3, 4)
 TOKENIZER = {"ch": 32, "ch_mult": (1, 1, 1, 1, 1), "num_res_blocks": 1}
@@ -158,6 +158,11 @@ def shaken(policy: Policy, by: float, seed: int = 0) -> Policy:
         for parameter in policy.trainable.parameters():
             parameter.mul_(1 + by * torch.randn(parameter.shape, generator=generator))
     return policy
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Equal, but for the last bits, which on some processors follow where in memory a weight lies."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
 
 
 def actions_of(policy: Policy, rows: int, tokens: int, seed: int = 1) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from families import assert_same
 from small import make_inkling, make_prompts
 from tiny_runs import TINY, tiny_weights
 from varl import log_probs, rollout
@@ -64,11 +65,6 @@ def test_new_adapters_change_nothing() -> None:
     plain, policy = make_inkling(), make_inkling()
     add_adapters(policy, CONFIG)
     assert_same(scores(policy), scores(plain))
-
-
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, but for the last bits, which on some processors follow where in memory a weight lies."""
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_every_target_has_an_adapter_that_works() -> None:
@@ -142,7 +138,7 @@ def test_adapters_travel_by_themselves(tmp_path: Path) -> None:
     save_adapters(policy, CONFIG, tmp_path / "adapters.safetensors")
     other = make_inkling()
     load_adapters(other, tmp_path / "adapters.safetensors")
-    assert torch.equal(scores(other), tuned)
+    assert_same(scores(other), tuned)
     with pytest.raises(FileNotFoundError, match="no adapters at"):
         load_adapters(make_inkling(), tmp_path / "gone.safetensors")
     save_policy(make_inkling(), tmp_path / "weights.safetensors")
@@ -180,8 +176,8 @@ def test_a_configuration_takes_its_adapters(tmp_path: Path) -> None:
         ):
             with_adapters(config_of(tmp_path, lora=other))
     prepared = prepare(config, torch.device("cpu"))
-    assert torch.equal(scores(prepared), scores(policy))
-    assert torch.equal(scores(WithoutAdapters(prepared)), scores(WithoutAdapters(policy)))
+    assert_same(scores(prepared), scores(policy))
+    assert_same(scores(WithoutAdapters(prepared)), scores(WithoutAdapters(policy)))
     assert {name for name, p in prepared.trainable.named_parameters() if p.requires_grad} == adapter_state(
         policy
     ).keys()
@@ -200,20 +196,20 @@ def test_training_goes_on_from_adapters(tmp_path: Path) -> None:
         run=RunConfig(out=tmp_path / "run", updates=1, device="cpu", gallery_every=0, diagnose_every=0),
     )
     trainer = Trainer(config)
-    assert torch.equal(scores(trainer.policy), scores(policy))
+    assert_same(scores(trainer.policy), scores(policy))
     assert trainer.reference is not None
-    assert torch.equal(scores(trainer.reference), scores(WithoutAdapters(policy)))
+    assert_same(scores(trainer.reference), scores(WithoutAdapters(policy)))
     records: list[dict[str, Any]] = []
     trainer.run(records.append)
     assert min(records[0]["kl_by_step"]) > 0
     written = prepare(
         replace(config.policy, adapters=str(tmp_path / "run" / "adapters.safetensors")), torch.device("cpu")
     )
-    assert torch.equal(scores(written), scores(trainer.policy))
+    assert_same(scores(written), scores(trainer.policy))
     assert not torch.allclose(scores(written), scores(policy), atol=1e-3)
     again = Trainer(replace(config, run=replace(config.run, updates=2)))
     assert again.update == 1
-    assert torch.equal(scores(again.policy), scores(written))
+    assert_same(scores(again.policy), scores(written))
 
 
 def test_files_that_hold_no_adapters(tmp_path: Path) -> None:
@@ -282,7 +278,7 @@ def test_prefixes_of_ddp_and_compile_are_taken_off(tmp_path: Path, prefix: str) 
     about = {"rank": CONFIG.rank, "alpha": CONFIG.alpha}
     other = make_inkling()
     load_adapters(other, described(tmp_path, state, **about))
-    assert torch.equal(scores(other), scores(policy))
+    assert_same(scores(other), scores(policy))
 
 
 def make_adapted() -> Policy:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import FAMILIES, Family, actions_of, every, prepared, prompts, scored, shaken
+from families import FAMILIES, Family, actions_of, assert_same, every, prepared, prompts, scored, shaken
 from tiny_runs import score
 from varl import Sampling, log_probs, rollout
 from varl.adapters import WithoutAdapters, adapter_state, adapters_off, add_adapters, merged, save_adapters
@@ -66,16 +66,16 @@ def test_adapters_on_and_off(family: Family, monkeypatch: pytest.MonkeyPatch) ->
     plain = family.make()
     before = scored(plain)
     policy = prepared(family, monkeypatch, lora=LORA)
-    assert torch.equal(scored(policy), before)
+    assert_same(scored(policy), before)
     with torch.no_grad():
         for value in adapter_state(policy).values():
             value.add_(0.1)
     tuned = scored(policy)
     assert (tuned - before).abs().max() > 1e-2
-    assert torch.equal(scored(cast(Policy, WithoutAdapters(policy))), before)
+    assert_same(scored(cast(Policy, WithoutAdapters(policy))), before)
     with adapters_off(policy):
-        assert torch.equal(scored(policy), before)
-    assert torch.equal(scored(policy), tuned)
+        assert_same(scored(policy), before)
+    assert_same(scored(policy), tuned)
     condition = plain.condition(prompts(2))
     drawn = [
         rollout(cast(Policy, model), condition, Sampling(guidance=1.0), row_generators((0,), 2)).actions
@@ -93,8 +93,8 @@ def test_adapters_of_a_run_are_loaded(family: Family, tmp_path: Path, monkeypatc
     policy = adapted(family.make())
     save_adapters(policy, LORA, tmp_path / "adapters.safetensors")
     loaded = prepared(family, monkeypatch, adapters=str(tmp_path / "adapters.safetensors"))
-    assert torch.equal(scored(loaded), scored(policy))
-    assert torch.equal(scored(cast(Policy, WithoutAdapters(loaded))), scored(family.make()))
+    assert_same(scored(loaded), scored(policy))
+    assert_same(scored(cast(Policy, WithoutAdapters(loaded))), scored(family.make()))
     assert not torch.allclose(scored(loaded), scored(family.make()), atol=1e-2)
     scored(loaded).sum().backward()
     for name, parameter in cast(nn.Module, loaded).named_parameters():
@@ -114,7 +114,7 @@ def test_merged_adapters_saved_and_loaded(family: Family, tmp_path: Path) -> Non
     after = policy.trainable.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert before.keys() == after.keys()
-    assert torch.equal(scored(policy), tuned)
+    assert_same(scored(policy), tuned)
     loaded = load_policy(policy.family, family.config, tmp_path / "weights")
     condition = policy.condition(prompts(3))
     found = log_probs(loaded, condition, actions_of(policy, 3, condition.schedule.tokens)).logp
@@ -151,13 +151,13 @@ def test_a_frozen_copy(family: Family) -> None:
     policy = family.make()
     twin = frozen_copy(policy)
     expected = scored(policy).detach()
-    assert torch.equal(scored(twin), expected)
+    assert_same(scored(twin), expected)
     assert not any(p.requires_grad for p in twin.trainable.parameters())
     shared = {p.data_ptr() for p in policy.trainable.parameters()} & {p.data_ptr() for p in twin.trainable.parameters()}
     assert not shared
     assert all(p.requires_grad for n, p in policy.trainable.named_parameters() if n not in family.frozen)
     shaken(policy, 0.1)
-    assert torch.equal(scored(twin), expected)
+    assert_same(scored(twin), expected)
     assert cast(Any, twin).tokenizer is cast(Any, policy).tokenizer
 
 
