@@ -243,9 +243,9 @@ def test_what_is_no_engine_is_refused() -> None:
     assert ENGINE_FIELDS.startswith("threads, small_side, det_side_limit")
     with pytest.raises(ValueError, match=r"^timeout_s is for the built-in engine"):
         OcrReward(Script([]), timeout_s=3.0)
-    with pytest.raises(ValueError, match="engine"):
+    with pytest.raises(ValueError, match=r"^engine: threads must be int, got 'many'$"):
         OcrReward({"threads": "many"})
-    with pytest.raises(ValueError, match="options"):
+    with pytest.raises(ValueError, match=r"^options: eps must be float, got 'small'$"):
         OcrReward(eps="small")  # type: ignore[arg-type]
 
 
@@ -285,6 +285,8 @@ def test_options_may_be_text() -> None:
 
 
 def test_a_line_is_what_the_reader_says() -> None:
+    boxes = OcrReward(Script([]), regions="wanted")._regions([], Prompt(boxes=((0, 0.25, 0.5, 1),)), 80, 40)
+    assert [(one.tolist(), one.dtype) for one in boxes] == [([[0, 10], [40, 10], [40, 40], [0, 40]], np.float32)]
     wide = np.array([[0, 0], [3, 0], [3, 1], [0, 1]], np.float32)
     out = OcrReward(Answers(([Line("tea", 1.0, wide)],)))(PICTURE, [Prompt(words=("TEA",))])
     assert [own[0].tolist() for own in out.regions or []] == [wide.tolist()]
