@@ -16,6 +16,7 @@ from torch import Tensor
 from varl.policy import Prompt
 from varl.rewards.engine import Line, OcrConfig, OcrEngine, Unread
 from varl.rewards.folding import fold, folded_words
+from varl.rewards.host import NotStarted
 from varl.rewards.ocr import (
     OcrReward,
     OcrScore,
@@ -141,6 +142,7 @@ def test_what_a_picture_fails_for_is_said_to_the_letter(caplog: pytest.LogCaptur
     assert failed([line("tea")], "", " ") == "the prompt wants no words"
     assert failed([line("tea")], "\u200b") == "the prompt wants no words"
     assert failed(Unread("it is dark"), "TEA") == "it is dark"
+    assert OcrReward(Script(Unread("it is dark")))(PICTURE, [Prompt(words=("TEA",))]).texts == [""]
     # The regions were fine; the confidence is none.
     assert failed([line("tea", None)], "TEA").startswith("TypeError: ")  # type: ignore[arg-type]
 
@@ -282,6 +284,26 @@ def test_options_may_be_text() -> None:
     for given in ("0o", [("0", "o")]):
         with pytest.raises(ValueError, match=r"^confusables is a mapping of characters, e\.g\. "):
             OcrReward(Script([]), confusables=given)  # type: ignore[arg-type]
+
+
+def test_confusables_are_the_rewards_own() -> None:
+    given = {"’": "'"}
+    reward = OcrReward(Script([]), fold=False, confusables=given)
+    given.clear()
+    assert reward.options["confusables"] == {"’": "'"}
+    assert reward.compared("You’re it") == ["you're", "it"]
+
+
+def test_what_the_built_in_engine_refuses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not so with readers of one's own, whatever they raise."""
+    prompts = [Prompt(words=("TEA",))]
+    worker = OcrWorker()
+    for reader in (OcrEngine(), worker):
+        with pytest.raises(ValueError, match="images must be"):
+            OcrReward(reader)(torch.zeros(1, 3, 4), prompts)
+    monkeypatch.setattr(worker._seats[0], "read", Late(NotStarted("no room")).__getitem__)
+    with pytest.raises(NotStarted, match="no room"):
+        OcrReward(worker)(PICTURE, prompts)
 
 
 def test_a_line_is_what_the_reader_says() -> None:
