@@ -281,3 +281,13 @@ def test_models_are_the_last_by_name_or_ones_own(tmp_path: Path, monkeypatch: py
     with pytest.raises(FileNotFoundError) as raised:
         _model_files(OcrConfig(det_model="~/own.onnx", rec_model=str(tmp_path)))
     assert str(raised.value) == f"no rec model: {tmp_path}"
+
+
+@pytest.mark.parametrize("by_word", [False, True])
+def test_confidences_are_means_in_double_precision(by_word: bool) -> None:
+    sure = np.array([0.1, 0.2, 0.7], np.float32)
+    read = np.zeros((3, 4), np.float32)
+    read[[0, 1, 2], [1, 2, 1]] = sure
+    ((_, confidence, *_),) = _decode(read, "_ab ", by_word)
+    assert confidence == pytest.approx(sum(map(float, sure)) / 3, rel=1e-14)
+    assert confidence != float(sure.mean())
