@@ -61,7 +61,7 @@ def test_killed_between_readings(worker):
     worker.read(moods(9))
     (pid,) = worker.pids
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not alive(pid))
+    wait_for(lambda: not alive(pid) and not worker._seats[0].process.is_alive())  # the fork server has heard
     assert said(worker.read(moods(6))) == ["6"]
 
 
