@@ -102,6 +102,7 @@ DEEP = np.zeros((4, 2, 2), np.float32)
     ("fields", "expected"),
     [
         ({"score": torch.tensor([1.0, torch.nan, torch.inf])}, {MARKED: 2}),
+        ({"score": torch.tensor([1.0, torch.nan, torch.inf]), "failed": [1, 0, 0]}, {MARKED: 3}),
         ({"failed": [0, 1, 1]}, {MARKED: 2}),
         ({"texts": ["a", 3, None]}, {f"{NO_TEXT}3": 1, f"{NO_TEXT}None": 1}),
         ({"texts": [3, 3, "a"]}, {f"{NO_TEXT}3": 2}),

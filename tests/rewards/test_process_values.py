@@ -120,7 +120,7 @@ def test_what_it_asks_for_and_makes_of_the_answer(ends: list[Any]) -> None:
     [line] = Line.made
     polygon = np.ones((4, 2), np.float32)
     line.answer = {
-        "score": np.array([1.0, np.nan], np.float32),
+        "score": np.array([1.0, 4.0], np.float32),
         "failed": np.array([False, True]),
         "regions": [[polygon], []],
         "parts": {"a": np.array([2.0, 3.0], np.float32)},
@@ -133,17 +133,32 @@ def test_what_it_asks_for_and_makes_of_the_answer(ends: list[Any]) -> None:
         torch.manual_seed(3)
         wanted = int(torch.randint(2**31, ()))
     [(kind, pixels, prompts, seed)] = line.asked
-    assert (kind, prompts, seed, type(seed)) == ("score", PROMPTS, wanted, int)
+    assert (kind, prompts, seed) == ("score", PROMPTS, wanted)
     assert type(pixels) is np.ndarray
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels, images.detach().float().numpy())
     assert isinstance(output, RewardOutput)
-    assert torch.equal(output.score.nan_to_num(-1), torch.tensor([1.0, -1.0]))
+    assert torch.equal(output.score, torch.tensor([1.0, 4.0]))
     assert torch.equal(output.failed, torch.tensor([False, True]))
     assert output.regions == [[polygon], []]
     assert list(output.parts) == ["a"]
     assert torch.equal(output.parts["a"], torch.tensor([2.0, 3.0]))
     assert output.texts == ["x", "y"]
+
+
+def test_seeds_are_drawn_from_the_numbers_of_31_bits(ends: list[Any]) -> None:
+    call = ProcessCall("module:fn", {})
+    [line] = Line.made
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for _ in range(16):
+            line.answer = {"score": np.zeros(2, np.float32), "failed": np.zeros(2, bool), "parts": {}}
+            call(torch.zeros(2, 3, 2, 2), PROMPTS)
+        torch.manual_seed(5)
+        wanted = [int(torch.randint(2**31, ())) for _ in range(16)]
+    seeds = [request[3] for request in line.asked]
+    assert seeds == wanted
+    assert {type(seed) for seed in seeds} == {int}
 
 
 MODULE = """
