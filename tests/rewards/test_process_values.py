@@ -177,10 +177,10 @@ def full(images, prompts):
     score = images.mean((1, 2, 3)).requires_grad_()
     return RewardOutput(score, [False, True], [[[[1, 2], [3, 4]]], []], {"a": [5, 6], "b": score}, ["x", "y"])
 class Said:
-    version = "7"
     given = []
+    def __init__(self, label="7"): self.label = label
     def __call__(self, images, prompts): return []
-    def describe(self): return {1: 2, "a": self.version}
+    def describe(self): return {1: 2, "a": self.label}
     def check(self, prompts):
         self.given.append(prompts)
         return {"no": "answer"}
@@ -215,6 +215,8 @@ def test_it_works_where_it_was_called(folder: Path, threads: list[int]) -> None:
     answers("plain", folder)
     assert os.getcwd() == str(folder)
     assert threads == [3]
+    given = _Answers("answered_module:Said", {"label": "b"}, str(folder), 3)
+    assert given(("describe",)) == {"1": "2", "a": "b"}
 
 
 @pytest.fixture
