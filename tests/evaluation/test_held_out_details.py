@@ -124,15 +124,26 @@ def test_each_batch_is_scored_by_its_own_pictures(policy: Inkling) -> None:
     assert reward.calls == [1, 1]
 
 
-def test_another_schedule(policy: Inkling) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_the_schedule_reaches_the_policy(policy: Inkling, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    """Inkling has one schedule only, so it is seen by what the policy is called with."""
     grids = policy.default_schedule.grids
-    schedule = varl.ScaleSchedule(grids[:1] + grids[2:], policy.default_schedule.stride)
-    prompts = make_prompts(2)
-    found = evaluate(policy, prompts, None, Reads(), seed=2, schedule=schedule)
-    generators = [row_generators((2, row), 1)[0] for row in range(2)]
-    drawn = rollout(policy, policy.condition(prompts, schedule), Sampling(), generators)
-    torch.testing.assert_close(found.images, policy.decode(drawn.actions, schedule))
-    assert tuple(found.images.shape[2:]) == tuple(schedule.image_size)
+    other = varl.ScaleSchedule(grids[:1] + grids[2:], policy.default_schedule.stride)
+    schedule = other if given else policy.default_schedule
+    condition, decode, seen = policy.condition, policy.decode, list[tuple[str, Any]]()
+
+    def conditioned(prompts: Sequence[Prompt], *given: Any) -> Any:
+        seen.append(("condition", given))
+        return condition(prompts)
+
+    def decoded(actions: Any, *given: Any) -> Tensor:
+        seen.append(("decode", given))
+        return decode(actions)
+
+    monkeypatch.setattr(policy, "condition", conditioned)
+    monkeypatch.setattr(policy, "decode", decoded)
+    found = evaluate(policy, make_prompts(2), None, Reads(), seed=2, schedule=other if given else None)
+    assert seen == [("condition", (schedule,)), ("decode", (schedule,))]
     assert found.made_by["schedule"] == schedule.describe()
 
 

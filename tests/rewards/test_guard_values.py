@@ -58,6 +58,30 @@ def test_an_alarm_of_the_caller_goes_on() -> None:
     assert interval == 0
 
 
+def test_an_inference_mode_that_was_never_left_ends() -> None:
+    entered = torch.inference_mode()
+    with undisturbed():
+        entered.__enter__()
+        assert torch.is_inference_mode_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        with undisturbed():
+            torch.set_grad_enabled(True)
+        assert not torch.is_grad_enabled()
+
+
+def test_signals_that_were_held_back_are_not() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with undisturbed():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    after = signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert after == before
+    with undisturbed():
+        signal.setitimer(signal.ITIMER_REAL, 5000.0, 3.0)
+    assert signal.setitimer(signal.ITIMER_REAL, 0) == (0, 0)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A working directory that may be removed."""
@@ -66,6 +90,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     os.chdir(own)
     yield own
     os.chdir(before)
+
+
+def test_the_folder_is_gone_back_to(folder: Path) -> None:
+    with undisturbed():
+        os.chdir(folder.parent)
+    assert Path.cwd() == folder
 
 
 def test_a_folder_that_is_gone_is_not_gone_back_to(folder: Path) -> None:
