@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import locale
 import logging
 import os
 import signal
@@ -136,6 +137,12 @@ def test_autocast_that_was_left_inside_is_entered_again() -> None:
 
 CUDNN = torch.backends.cudnn
 VALUES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], list[Any]]] = {
+    "locale": (
+        lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name), ["C", "C.UTF-8"],
+    ),
+    "autocast on the CPU": (
+        lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on), [False, True],
+    ),
     "autocast on cuda": (
         lambda: torch.is_autocast_enabled("cuda"), lambda on: torch.set_autocast_enabled("cuda", on), [False, True],
     ),
