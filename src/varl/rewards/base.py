@@ -76,7 +76,7 @@ class RewardOutput:
             regions = [[] for _ in range(batch)]
         if texts is None and any(one.texts is not None for one in others):
             texts = [""] * batch
-        names = dict.fromkeys(name for one in everyone for name in one.parts)  # each once, in the order met
+        names = [name for one in everyone for name in one.parts]  # as keys below, each once, in the order met
         unknown = torch.full((batch,), torch.nan)
         return replace(self, regions=regions, parts={n: self.parts.get(n, unknown) for n in names}, texts=texts)
 

@@ -49,8 +49,8 @@ def import_callable(spec: str, options: Mapping[str, Any] | None = None) -> Call
         AttributeError: if the module has no such attribute.
         TypeError: if it cannot be called, or not with these options.
     """
-    module_name, colon, path = spec.partition(":")
-    if not colon or not module_name or not path:
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
         raise ValueError(f'a Python reward is named "module:attribute", got {spec!r}')
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -131,7 +131,7 @@ def _taken(spec: str, target: Callable[..., Any], args: tuple[Any, ...], options
 
 def _typed(spec: str, name: str, value: Any, hint: Any, parameter: inspect.Parameter | None) -> Any:
     """A text as the number or truth value that a parameter wants."""
-    if hint is None and parameter is not None and type(parameter.default) in (bool, int, float):
+    if hint is None and parameter is not None:
         hint = type(parameter.default)
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     wanted = [kind for kind in kinds if kind is not type(None)]
