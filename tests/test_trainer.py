@@ -30,9 +30,6 @@ from varl.run.state import collected
 from varl.sampling import Sampling
 from varl.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-
 
 def make_config(weights: Path, out: Path, *, run: dict[str, Any] | None = None, **method: Any) -> TrainConfig:
     """A small run; 7 prompts, so that 3 an update do not fill whole epochs."""
@@ -387,19 +384,3 @@ def test_another_configuration_leaves_a_run_alone(
     assert files() == before
     assert cli.main([*recipe, "--run.updates", "2"]) == 0
     assert [line["update"] for line in metrics(tmp_path / "run")] == [1, 2]
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses(path: Path) -> None:
-    command = "pretrain" if "pretrain" in path.stem else "train"
-    config = tiny_runs.parse(command, "--config", str(path))
-    if command == "train":
-        with torch.device("meta"):
-            policy = load_policy(config.policy.family, config.policy.config, "random")
-        schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
-        assert 0 < schedule.middle(config.method.middle) < len(schedule)
-        assert config.sampling.top_k <= policy.classes
-
-
-def test_there_are_recipes() -> None:
-    assert {"inkling-ocr", "inkling-pretrain"} <= {path.stem for path in RECIPES}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,10 @@ import torch
 from torch import Tensor
 
 import tiny_runs
-from bits import Bits
-from learning import assert_close, batch, drawn, learned
-from small import make_inkling, make_prompts
 from test_trainer import assert_same, make_config, metrics, weights_of, with_reward
-from varl import Sampling, log_probs, updates
-from varl.config import MaskConfig, MethodConfig
+from varl import Sampling, updates
+from varl.config import MethodConfig
 from varl.errors import RunError
-from varl.rewards import RewardOutput
 from varl.run.metrics import read_metrics
 from varl.trainer import Trainer
 
@@ -91,30 +86,7 @@ def test_a_dropped_group_keeps_no_kl() -> None:
     assert updates.learnt_from(found, MethodConfig(zero_variance="kl")).tolist() == [True, True, False]
 
 
-# --- Values of one continuation, and under the distribution that it was drawn from. ---
-
-GUIDED = Sampling(guidance=0.7, top_p=0.9, temperature=0.8)
-
-
-@pytest.mark.parametrize("value", ["policy", "soft-reference"])
-@pytest.mark.parametrize("sampling", [Sampling(), GUIDED], ids=["plain", "guided"])
-def test_the_value_of_one_continuation(value: str, sampling: Sampling) -> None:
-    """R less eta times the log-ratio of its suffix."""
-    policy, reference = make_inkling(), make_inkling(1)
-    method = MethodConfig(middle=3, group=3, continuations=1, value=value, eta=0.02)  # type: ignore[arg-type]
-    plan = updates.plan("prefix", method, policy.default_schedule)
-    made = updates.draw(policy, policy.condition(make_prompts(2)), plan, sampling, (0,))
-    score = torch.rand(6, generator=torch.Generator().manual_seed(0))
-    output = RewardOutput.from_scores(score, 6)
-    found, valid = updates.returns(output, made, plan, method, policy, reference, 4, sampling)
-    guidance = None if sampling.is_plain else sampling
-    own, other = (
-        log_probs(p, made.whole.condition, made.whole.actions, range(3, 5), guidance=guidance).logp.sum(1)
-        for p in (policy, reference)
-    )
-    torch.testing.assert_close(found, score - 0.02 * (own - other))
-    assert bool(valid.all())
-    assert float((found - score).abs().min()) > 0.1
+# --- Values under the distribution that was drawn from. ---
 
 
 def test_a_run_values_by_what_it_draws(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,56 +95,6 @@ def test_a_run_values_by_what_it_draws(weights: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(updates, "_sequence_logp", lambda *given: seen.append(given[-1]) or inner(*given))
     Trainer(make_config(weights, tmp_path / "run", update="prefix", value="policy", eta=0.01)).step()
     assert seen == [Sampling(top_p=0.95)] * 2
-
-
-# --- The prefix's gradient. ---
-
-
-@pytest.mark.parametrize("state", ["shared", "independent"])
-def test_without_the_prefixs_gradient_micro_batches_change_nothing(state: str) -> None:
-    policy = make_inkling()
-    method = MethodConfig(middle=3, group=4, beta=0, suffix_state=state, prefix_gradient=False)  # type: ignore[arg-type]
-    made = drawn(policy, "suffix", method)
-    if state == "independent":
-        made.shared = 1
-    whole, _ = learned(policy, made, method, None, 8)
-    for micro_batch in (1, 2, 3):
-        parts, _ = learned(policy, made, method, None, micro_batch)
-        assert_close(whole, parts)
-    exact, _ = learned(policy, made, replace(method, prefix_gradient=True), None, 8)
-    difference = max(float((a - b).abs().max()) for a, b in zip(whole, exact, strict=True))
-    assert difference > 0.01 * max(float(a.abs().max()) for a in exact)
-
-
-# --- The KL's weights where only masked tokens are counted. ---
-
-
-def test_the_kl_keeps_the_grids_weights_where_masked_tokens_are_counted() -> None:
-    """With no advantage the KL is all there is: unmasked, it does not change with what the policy term counts."""
-    policy, reference = Bits().double(), Bits(1).double()
-    made = batch(policy)
-    made.advantage_B = torch.zeros_like(made.advantage_B)
-    grid, masked, both = (
-        learned(policy, made, MethodConfig(beta=0.3, mask=mask), reference)[0]
-        for mask in (MaskConfig(), MaskConfig(count="masked"), MaskConfig(count="masked", kl=True))
-    )
-    assert_close(grid, masked, tolerance=1e-9)
-    assert max(float((a - b).abs().max()) for a, b in zip(grid, both, strict=True)) > 1e-4
-
-
-# --- The norm of every step's gradient. ---
-
-
-def test_the_norms_by_step_are_of_all_sequences() -> None:
-    policy, reference = Bits().double(), Bits(1).double()
-    made, method = batch(policy), MethodConfig(beta=0.3)
-    _, whole = learned(policy, made, method, reference, 8)
-    for micro_batch in (1, 2, 3):
-        _, parts = learned(policy, made, method, reference, micro_batch)
-        assert parts["gradient_norm_by_step"] == pytest.approx(whole["gradient_norm_by_step"], rel=1e-9)
-    # The steps' gradients add up to the whole: with one step it is the norm itself.
-    _, one = learned(policy, batch(policy, range(1, 2)), method, reference, 2)
-    assert one["gradient_norm_by_step"] == [pytest.approx(one["gradient_norm"])]
 
 
 # --- Pictures and diagnostics follow the kinds. ---
