@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import tiny_runs
 from varl import cli
 from varl.config import (
     EvaluationConfig,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from small import counting, make_inkling
-from varl import Prompt, Sampling, updates
+from varl import Prompt, Sampling, log_probs, updates
 from varl.config import MethodConfig
 from varl.models.inkling import Inkling
 from varl.policy import Condition
@@ -69,7 +69,7 @@ def test_all_rows_together_are_not_copied(
     assert selected == [range(3), range(3, 4)]
 
 
-@pytest.mark.parametrize("at_once", [0, 1])
+@pytest.mark.parametrize("at_once", [0, 1, 2, 4])
 def test_what_is_joined_keeps_its_guidance_and_its_null(inkling: Inkling, prompts: list[Prompt], at_once: int) -> None:
     """Rows whose unconditional twins are their own keep them."""
     condition = inkling.condition(prompts[:2])
@@ -140,11 +140,32 @@ def test_what_a_value_asks_of_the_policies(
 
 def test_joining_one_part_is_that_part(inkling: Inkling, prompts: list[Prompt]) -> None:
     part = Rollout(inkling.condition(prompts[:1]), torch.zeros(1, 5, dtype=torch.long), 2)
-    assert updates._joined([part]) is part
-    both = updates._joined([part, part])
+    assert updates._joined([part], part.condition, range(len(part))) is part
+    both = updates._joined([part, part], inkling.condition(prompts[:2]), range(2))
     assert (len(both), both.steps, both.guidance) == (2, 2, 0.0)
 
 
 def test_a_cycle_of_updates() -> None:
     method = MethodConfig(prefix_updates=2, suffix_updates=3)
     assert [updates.kind_of_update(method, u)[0] for u in range(7)] == list("ppssspp")
+
+
+@pytest.mark.parametrize("kind", ["prefix", "suffix", "full"])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_sequences_drawn_in_parts_are_scored_under_guidance(
+    inkling: Inkling, prompts: list[Prompt], kind: updates.Kind, at_once: int
+) -> None:
+    """The unconditional twin that all rows share is there once, however many parts were joined."""
+    method = MethodConfig(middle=3, group=4, continuations=2)
+    plan, condition = updates.plan(kind, method, inkling.default_schedule), inkling.condition(prompts[:3])
+    guided = Sampling(guidance=1.0)
+    whole, parts = (updates.draw(inkling, condition, plan, guided, (0,), at_once=few) for few in (0, at_once))
+    for found, expected in ((parts.whole, whole.whole), (parts.trained, whole.trained)):
+        assert torch.equal(found.actions, expected.actions)
+        assert {name: len(value) for name, value in found.condition.null.items()} == {"cells": 1}
+        rows, steps = torch.arange(3), range(found.steps)
+        scored = [
+            log_probs(inkling, of.condition.select(rows), of.actions[rows], steps, guidance=guided).logp
+            for of in (found, expected)
+        ]
+        torch.testing.assert_close(*scored)

@@ -199,29 +199,29 @@ def draw(
             each(whole[-1])
         prefix.state = None
         prefixes.append(prefix)
-    finished = _joined(whole)
-    return Drawn(_joined(prefixes) if plan.kind == "prefix" and prefixes else finished, finished)
+    pictures = range(trained.start * plan.continuations, trained.stop * plan.continuations)
+    finished = _joined(whole, condition.repeat(plan.pictures), pictures)
+    if plan.kind != "prefix" or not prefixes:
+        return Drawn(finished, finished)
+    return Drawn(_joined(prefixes, heads, trained), finished)
 
 
 def _batches(items: list[torch.Generator], size: int) -> list[list[torch.Generator]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _joined(parts: list[Rollout]) -> Rollout:
-    """Rollouts of the same steps as one, in order."""
+def _joined(parts: list[Rollout], condition: Condition, rows: range) -> Rollout:
+    """Rollouts of the same steps as one, in order.
+
+    Args:
+        condition: of all rows there are; joined from the parts' own, it would hold many times what all rows share.
+        rows: those that the parts hold.
+    """
     if len(parts) == 1:
         return parts[0]
-    conditions = [part.condition for part in parts]
-    features, null = (
-        {name: torch.cat([getattr(c, kind)[name] for c in conditions]) for name in getattr(conditions[0], kind)}
-        for kind in ("features", "null")
-    )
-    return Rollout(
-        Condition(conditions[0].schedule, features, null),
-        torch.cat([part.actions for part in parts]),
-        parts[0].steps,
-        guidance=parts[0].guidance,
-    )
+    actions = torch.cat([part.actions for part in parts])
+    condition = condition.select(rows) if len(rows) < condition.batch else condition
+    return Rollout(condition, actions, parts[0].steps, guidance=parts[0].guidance)
 
 
 def returns(
