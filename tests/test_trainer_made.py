@@ -346,6 +346,6 @@ def test_what_is_shown_is_of_four_prompts(made: Trainer, monkeypatch: pytest.Mon
 def test_what_is_placed_on_the_processes(weights: Path, tmp_path: Path) -> None:
     """The policy, and its reference where that has weights of its own."""
     for out, beta, models in (("with", 0.1, 2), ("without", 0.0, 1)):
-        trainer = Trainer(make_config(weights, tmp_path / out, beta=beta))
+        trainer = Trainer(make_config(weights, tmp_path / out, beta=beta, middle="grid:3"))
         trainer.folder.close()
         assert trainer._models == [trainer.policy, trainer.reference][:models]
