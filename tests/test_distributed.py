@@ -156,6 +156,7 @@ def test_a_run_goes_on_in_another_number_of_processes(folder: Path, alone: dict[
     assert_same_run(found["one"], alone["reused, ddp"])
 
 
+@pytest.mark.slow
 def test_when_one_process_fails_all_end_and_one_speaks(tmp_path: Path) -> None:
     first, second = processes.launch(2, "-m", "processes", "distributed_runs.one_fails", str(tmp_path))
     assert (first.returncode, second.returncode) == (1, 1)
