@@ -61,10 +61,12 @@ class Ailing:
 
 
 def unlike(images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
-    """Regions from the first process, none at all from the second."""
+    """Regions from the first process, none at all from the second; from a process alone, as from the two together."""
     output = tiny_runs.score(images, prompts)
     quad = np.array([[0, 0], [9, 0], [9, 9], [0, 9]], np.float32)
-    output.regions = [[quad] for _ in images] if os.environ.get("RANK") == "0" else None
+    half = len(images) // 2
+    regions = {"0": [[quad] for _ in images], "1": None}
+    output.regions = regions.get(os.environ.get("RANK", ""), [[quad]] * half + [[]] * (len(images) - half))
     return output
 
 
