@@ -11,6 +11,7 @@ from pathlib import Path
 
 __all__ = ["VICTIMS", "Group"]
 
+ROOT = Path(__file__).parents[1]
 VICTIMS = ("worker", "launcher", "all")
 """Who is killed: one of the processes; ``torchrun``, which cannot tell the others; or it and all of them."""
 END_S = 1200.0
@@ -30,7 +31,8 @@ class Group:
         self.log = recipe.with_name("log")
         with self.log.open("a") as log:
             command = [sys.executable, *launch, "-m", "varl", "train", str(recipe)]
-            self._launcher = subprocess.Popen(command, stdout=log, stderr=log)
+            path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            self._launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end, at most ``timeout`` seconds."""

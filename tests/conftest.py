@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from varl.policy import Prompt
 torch.set_num_threads(1)
 
 HERE = Path(__file__).parent
+FOLDER = Path.cwd()
 
 NUMERIC = ("algorithm", "models", "evaluation", "families", "learner", "rollout", "sampling", "scoring", "updates")
 NUMERIC += ("adapters", "cheaper", "ema", "example", "policy_settings", "probe", "savings")
@@ -27,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = [name.removeprefix("test_") for name in item.path.relative_to(HERE).parts]
         if names[0].startswith(NUMERIC) and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.numeric)
+
+
+@pytest.fixture(autouse=True)
+def _stays_in_its_folder() -> Iterator[None]:
+    """A test that leaves the working directory changed, at once or later from a thread, is named."""
+    assert Path.cwd() == FOLDER, "a test before this one changed the working directory"
+    yield
+    assert Path.cwd() == FOLDER, "this test changed the working directory"
 
 
 @pytest.fixture(scope="session")

@@ -328,6 +328,8 @@ def test_a_limit_is_told_without_needless_digits() -> None:
     for _ in range(2):
         assert reward(IMAGES, PROMPTS).failed.all()
     gate.set()
+    assert reward._hung is not None
+    reward._hung.join()  # its end puts this test's working directory back
     assert reward.failures.reasons == {
         "TimeoutError: no answer after 0.0625 s": 2,
         "TimeoutError: an earlier call still hangs": 2,

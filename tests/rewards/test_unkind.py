@@ -359,7 +359,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
     (tmp_path / "leaving.py").write_text(LEAVING)
     tests = Path(__file__).parents[1]
     monkeypatch.syspath_prepend(tmp_path)
-    yield [str(tests), str(tests.parent / "src"), str(tmp_path)]
+    yield [str(tests), str(tests.parent / "src"), str(tests.parent), str(tmp_path)]
     sys.modules.pop("leaving", None)
 
 
