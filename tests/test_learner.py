@@ -35,11 +35,11 @@ def test_a_non_finite_loss_skips_the_step(bad: float, micro_batch: int) -> None:
     log = own.learn(made, stage)
     assert log["skipped"] == log["not_finite"] == 1
     assert same(before, weights(policy))
-    assert own.steps_taken == 0
+    assert own.updates_taken == 0
     assert not own.optimizers[""].state
     made.advantage_B[0] = 1.0
     assert own.learn(made, stage)["skipped"] == 0
-    assert own.steps_taken == 1
+    assert own.updates_taken == 1
     assert not same(before, weights(policy))
 
 
@@ -63,7 +63,7 @@ def test_a_batch_without_a_valid_group_moves_nothing() -> None:
     assert same(before, weights(policy))
     assert log["skipped"] == 1
     assert log["not_finite"] == 0
-    assert own.steps_taken == 1
+    assert own.updates_taken == 1
     assert log["loss"] == 0
 
 
@@ -71,7 +71,7 @@ def test_the_warm_up() -> None:
     policy = Bits()
     own = learner(policy, MethodConfig(), learning_rate=1e-5, warmup_from=1e-6, warmup_updates=20)
     for steps, rate in ((0, 1e-6), (10, 5.5e-6), (19, 9.55e-6), (20, 1e-5), (500, 1e-5)):
-        own.steps_taken = steps
+        own.updates_taken = steps
         assert own.rate() == pytest.approx(rate)
     assert learner(policy, MethodConfig(), learning_rate=1e-5).rate() == pytest.approx(1e-5)
     # A warm-up never starts above where it ends.
@@ -119,7 +119,7 @@ def test_later_epochs_are_off_policy() -> None:
     policy = Bits()
     own = learner(policy, MethodConfig(beta=0, epochs=3, clip=1e-3), learning_rate=1e-2)
     log = own.learn(batch(policy), stage)
-    assert own.steps_taken == 3
+    assert own.updates_taken == 1
     assert log["log_ratio_max"] > 1e-3
     assert log["clip_fraction"] > 0.1
     own = learner(policy, MethodConfig(beta=0), learning_rate=1e-2)
@@ -184,6 +184,16 @@ def test_entropy_and_kl_in_the_log() -> None:
         assert log[key] == pytest.approx([float(values[:, :2].mean()), float(values[:, 2:].mean())], abs=1e-5)
 
 
+def test_a_warm_up_counts_updates_whatever_the_epochs() -> None:
+    policy = Bits()
+    own = learner(policy, MethodConfig(beta=0, epochs=2), learning_rate=1e-3, warmup_from=0.0, warmup_updates=4)
+    rates = []
+    for _ in range(3):
+        own.learn(batch(policy), stage)
+        rates.append(own.optimizers[""].param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3])
+
+
 def test_the_state_resumes() -> None:
     one, made = Bits(), batch(Bits())
     first = learner(one, MethodConfig(beta=0), warmup_updates=5)
@@ -191,11 +201,11 @@ def test_the_state_resumes() -> None:
     two = Bits()
     two.load_state_dict(one.state_dict())
     second = learner(two, MethodConfig(beta=0), warmup_updates=5)
-    second.steps_taken = first.steps_taken
+    second.updates_taken = first.updates_taken
     stored = stored_moments(one.named_parameters(), first.optimizers[""])
     for name, value in new_moments(two.named_parameters(), second.optimizers[""], stored).items():
         value.copy_(stored[name])
     for own in (first, second):
         own.learn(made, stage)
     assert same(weights(one), weights(two))
-    assert second.steps_taken == 2
+    assert second.updates_taken == 2

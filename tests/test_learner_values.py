@@ -39,7 +39,7 @@ def test_what_a_learner_is_made_of() -> None:
     options = OptimizerConfig(learning_rate=0.25, betas=(0.5, 0.75), weight_decay=0.125)
     own = Learner(policy, None, PLAIN, options, Sampling(), 3, given)
     assert own.distributed is given
-    assert (own.micro_batch, own.steps_taken, own.guidance) == (3, 0, None)
+    assert (own.micro_batch, own.updates_taken, own.guidance) == (3, 0, None)
     expected = [parameter for name, parameter in policy.named_parameters() if name != "label.weight"]
     assert len(own.parameters) == len(expected)
     assert all(one is other for one, other in zip(own.parameters, expected, strict=True))
@@ -204,7 +204,8 @@ def test_the_figures_of_a_micro_batch() -> None:
     entropy = torch.tensor([[1.0, 2.0, 3.0], [5.0, 6.0, 9.0]])
     found = module._figures(inputs, output, Scores(inputs.logp_BL, entropy), made)
     assert found.keys() == {
-        *("valid", "loss", "log_ratio_T", "log_ratio_max", "clip_fraction", "weight_T", "rows", "entropy_T")
+        *("valid", "loss", "log_ratio_T", "log_ratio_max", "clip_fraction", "carrying", "weight_T"),
+        *("rows", "entropy_T"),
     }
     assert int(found["valid"]) == 1
     assert found["rows"] == 2
@@ -225,8 +226,9 @@ def test_the_figures_of_a_micro_batch() -> None:
 
 
 def part(valid: int, loss: float, ratio: list[float], most: float, clip: float, weight: list[float]) -> dict[str, Any]:
+    """Of which as many tokens carry the policy term as the clipped share says in tenths, or none."""
     values = {"valid": valid, "loss": loss, "log_ratio_T": ratio, "log_ratio_max": most}
-    return values | {"clip_fraction": clip, "weight_T": weight}
+    return values | {"clip_fraction": clip, "carrying": valid and round(clip * 10), "weight_T": weight}
 
 
 def test_the_summary_of_several() -> None:
@@ -237,7 +239,7 @@ def test_the_summary_of_several() -> None:
         "loss": 0.75,
         "log_ratio_by_step": [2.0, 1.0],
         "log_ratio_max": 4.0,
-        "clip_fraction": pytest.approx(0.4),
+        "clip_fraction": pytest.approx((0.5 * 5 + 0.1 * 1) / 6),
         "loss_share_by_step": [0.25, 0.75],
     }
     assert found == expected
@@ -268,7 +270,7 @@ def test_a_step_is_taken_if_gradient_and_loss_are_finite(norm: float, loss: floa
     found, stepped = own._step([{"loss": 1.0}, {"loss": loss}], made)
     assert stepped is taken
     assert math.isnan(found) if math.isnan(norm) else found == norm
-    assert own.steps_taken == taken
+    assert own.updates_taken == 0
     assert (policy.head.bias.grad is not None) is taken
     assert torch.equal(policy.head.bias.detach(), before) is not taken
 

@@ -45,7 +45,7 @@ def test_ten_updates_of_a_constant_reward_move_nothing(
     assert [line["skipped"] for line in lines] == [1] * 12
     assert [line["not_finite"] for line in lines] == [0] * 12
     assert [line["zero_variance_groups"] for line in lines] == [1.0] * 12
-    assert trainer.learner.steps_taken == 0
+    assert trainer.learner.updates_taken == 0
     said = [record.message for record in caplog.records if "returns of every group are equal" in record.message]
     assert said == ["update 1: the returns of every group are equal; it takes no step"]
 

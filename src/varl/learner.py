@@ -74,7 +74,7 @@ class Learner:
         self.distributed = distributed or Distributed()
         self.policy, self.reference, self.method, self.config = policy, reference, method, optimizer
         self.guidance = sampling if method.logp == "sampling" and not sampling.is_plain else None
-        self.micro_batch, self.steps_taken = micro_batch, 0
+        self.micro_batch, self.updates_taken = micro_batch, 0
         self.parameters = [p for p in policy.trainable.parameters() if p.requires_grad]
         segments = ("prefix", "suffix") if optimizer.moments == "segment" else ("",)
         self.optimizers = {segment: self._adamw() for segment in segments}
@@ -91,9 +91,9 @@ class Learner:
             parameter.grad = None
 
     def rate(self) -> float:
-        """The learning rate of the next step: linear warm-up, then constant."""
+        """The learning rate of the next update: linear warm-up over the updates that took a step, then constant."""
         c = self.config
-        share = min(1.0, self.steps_taken / c.warmup_updates) if c.warmup_updates else 1.0
+        share = min(1.0, self.updates_taken / c.warmup_updates) if c.warmup_updates else 1.0
         return min(c.warmup_from, c.learning_rate) * (1 - share) + c.learning_rate * share
 
     def learn(self, batch: Batch, stage: Stage, diagnose: bool = False) -> dict[str, Any]:
@@ -136,6 +136,7 @@ class Learner:
             log["not_finite"] += not taken and bool(of_all)
             log["gradient_norm"] = norm
             log |= _summary(of_all) if of_all else {"loss": 0.0}
+        self.updates_taken += log["skipped"] < self.method.epochs
         return log | self._masked_share(batch)
 
     def _masked_share(self, batch: Batch) -> dict[str, Any]:
@@ -281,7 +282,6 @@ class Learner:
         optimizer.step()
         # Autocast keeps its casts of the weights until it is left: the next epoch would score with the old ones.
         torch.clear_autocast_cache()
-        self.steps_taken += 1
         return norm, True
 
 
@@ -326,6 +326,7 @@ def _figures(inputs: LossInput, output: LossOutput, scores: Scores, batch: Batch
         "log_ratio_T": output.log_ratio_mean_T,
         "log_ratio_max": output.log_ratio_max_T.max(),
         "clip_fraction": output.clip_fraction,
+        "carrying": output.carrying,
         "weight_T": torch.stack([part.double().sum() for part in _policy_weight(inputs).split(counts, 1)]),
     }
     if scores.entropy is not None:
@@ -351,7 +352,7 @@ def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "loss": float(column("loss").sum()),
         "log_ratio_by_step": mean("log_ratio_T"),
         "log_ratio_max": float(column("log_ratio_max").max()),
-        "clip_fraction": mean("clip_fraction"),
+        "clip_fraction": mean("clip_fraction", "carrying"),
         "loss_share_by_step": (weight_T / weight_T.sum().clamp(min=1e-12)).tolist(),
     }
     if "entropy_T" in parts[0]:

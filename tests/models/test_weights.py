@@ -96,6 +96,25 @@ def test_a_module_on_meta_takes_the_tensors(tensors: dict[str, torch.Tensor]) ->
     assert torch.allclose(layer.weight, tensors["weight"], atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["zip", "legacy", "given"])
+def test_what_shares_memory_is_loaded_apart(tmp_path: Path, kind: str) -> None:
+    """Tied tensors, views of one tensor and a stretched one: a step on one would be taken on the others too."""
+    whole = torch.arange(12.0).view(3, 4)
+    tied = {"0.weight": whole[:2, :2], "0.bias": whole[0, :2], "1.weight": whole[1:, 1:3][:2], "1.bias": whole[0, :2]}
+    tied |= {"2.weight": torch.ones(1, 1).expand(2, 2), "2.bias": torch.ones(1).expand(2)}
+    values = {key: value.clone() for key, value in tied.items()}
+    if kind != "given":
+        torch.save(tied, tmp_path / "tied.pth", _use_new_zipfile_serialization=kind == "zip")
+        tied = read_tensors(tmp_path / "tied.pth")
+    with torch.device("meta"):
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    load_strict(layers, tied, "here")
+    assert same(dict(layers.state_dict()), values)
+    for number, parameter in enumerate(layers.parameters()):
+        parameter.data.fill_(number)
+    assert [value.unique().tolist() for value in layers.parameters()] == [[number] for number in range(6)]
+
+
 def test_the_parts_of_a_family(tensors: dict[str, torch.Tensor]) -> None:
     parts = ("transformer", "tokenizer")
     assert part_sources("a.pth", parts, "VAR") == {"transformer": "a.pth"}

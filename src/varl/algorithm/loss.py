@@ -159,6 +159,7 @@ class LossOutput:
         ratio_mean, ratio_min, ratio_max: scalars, of the ratio as used, over the tokens (or events) that
             carry the policy term; 1 if none does.
         clip_fraction: scalar in [0, 1], how many of those have no gradient because they are clipped.
+        carrying: scalar, how many there are.
     """
 
     loss: Tensor
@@ -172,6 +173,7 @@ class LossOutput:
     ratio_min: Tensor
     ratio_max: Tensor
     clip_fraction: Tensor
+    carrying: Tensor
 
 
 def policy_loss(
@@ -310,6 +312,7 @@ def _ratio_statistics(ratio: Tensor, clipped: Tensor, carries_BL: Tensor) -> dic
         "ratio_min": torch.where(any_carries, ratio.masked_fill(~carries, float("inf")).amin(), one),
         "ratio_max": torch.where(any_carries, ratio.masked_fill(~carries, -float("inf")).amax(), one),
         "clip_fraction": (clipped & carries).sum() / count.clamp(min=1),
+        "carrying": count,
     }
 
 

@@ -256,9 +256,19 @@ def load_strict(
         given = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
     check_finite(given, source, tables)
     meta = any(value.is_meta for value in expected.values())
-    # What a file stretches over fewer numbers than it has could not be trained in place.
-    given = {key: value.contiguous() if 0 in value.stride() else value for key, value in given.items()}
-    module.load_state_dict(given, strict=True, assign=meta)
+    module.load_state_dict(_apart(given), strict=True, assign=meta)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that have memory of their own: one that is tied, a view or stretched could not be trained in place."""
+    known: set[int] = set()
+    own = {}
+    for key, value in tensors.items():
+        storage = value.untyped_storage()
+        alone = storage.nbytes() == value.nbytes and storage.data_ptr() not in known
+        known.add(storage.data_ptr())
+        own[key] = value if alone or value.is_meta else value.clone(memory_format=torch.contiguous_format)
+    return own
 
 
 def _some(names: Sequence[str]) -> str:

@@ -43,7 +43,7 @@ def collected(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     values = {
         "pictures": trainer.pictures,
-        "steps_taken": trainer.learner.steps_taken,
+        "updates_taken": trainer.learner.updates_taken,
         "prompts": trainer.stream.state_dict(),
         "evaluated": trainer.evaluated,
         "best": trainer.best,
@@ -93,7 +93,9 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         tensors = {name.removeprefix("pending."): value for name, value in pending.items()}
         trainer.kept = restored_pictures(trainer, tensors, values["pending"])
     trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
-    trainer.learner.steps_taken, trainer.evaluated = values["steps_taken"], values["evaluated"]
+    # Earlier checkpoints counted optimizer steps, which are as many with one epoch.
+    trainer.learner.updates_taken = values.get("updates_taken", values.get("steps_taken"))
+    trainer.evaluated = values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
     trainer.failures.shares.extend((pictures, steps) for pictures, steps in values["failures"])
     if values.get("held_out", now := digest(trainer.held_out)) != now:
