@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,23 @@ import torch
 from torch import Tensor
 
 import tiny_runs
+from bits import Bits, labels
 from test_trainer import assert_same, make_config, metrics, weights_of, with_reward
-from varl import Sampling, updates
+from varl import Sampling, rollout, updates
 from varl.config import MethodConfig
 from varl.errors import RunError
+from varl.rollout import row_generators
 from varl.run.metrics import read_metrics
 from varl.trainer import Trainer
 
 
 def constant(images: Tensor, prompts: Any) -> list[float]:
     return [0.25] * len(images)
+
+
+def rising(images: Tensor, prompts: Any) -> list[int]:
+    """Every picture is worth more than the one before it, whatever it shows."""
+    return list(range(len(images)))
 
 
 def constant_for_one(images: Tensor, prompts: Any) -> Tensor:
@@ -46,8 +54,40 @@ def test_ten_updates_of_a_constant_reward_move_nothing(
     assert [line["not_finite"] for line in lines] == [0] * 12
     assert [line["zero_variance_groups"] for line in lines] == [1.0] * 12
     assert trainer.learner.updates_taken == 0
-    said = [record.message for record in caplog.records if "returns of every group are equal" in record.message]
-    assert said == ["update 1: the returns of every group are equal; it takes no step"]
+    said = [record.message for record in caplog.records if "in every group" in record.message]
+    assert said == ["update 1: in every group the returns, or the sequences, are equal; it takes no step"]
+
+
+@pytest.mark.parametrize("kind", ["alternate", "full"])
+def test_groups_of_one_sequence_move_nothing(weights: Path, tmp_path: Path, kind: str) -> None:
+    """Their returns differ, but their advantages cancel: AdamW would scale the rounding that is left to full steps."""
+    config = make_config(weights, tmp_path / "run", update=kind, beta=0.0, run={"updates": 8})
+    trainer = Trainer(with_reward(replace(config, sampling=Sampling(top_k=1)), f"{__name__}:rising"))
+    before = weights_of(trainer)
+    trainer.run()
+    assert_same(weights_of(trainer), before)
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [1] * 8
+    assert min(line["group_std"] for line in lines) > 0
+
+
+def test_a_group_is_of_one_sequence_if_actions_and_mask_are_equal() -> None:
+    policy = Bits()
+    sequences = rollout(policy, policy.condition(labels(8)), None, row_generators((0,), 8))
+    actions = sequences.actions[[0, 0, 1, 1, 2, 3, 4, 4]]
+    mask = torch.ones(8, actions.shape[1])
+    mask[3, -1] = 0.5
+    found = updates.advantages(
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]),
+        torch.tensor([[True, True]] * 3 + [[True, False]]),
+        MethodConfig(advantage="mean"),
+    )
+    masked = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), mask))
+    assert masked.advantage_PG.tolist() == [[0, 0], [-0.5, 0.5], [-0.5, 0.5], [0, 0]]
+    assert masked.zero_variance_P.tolist() == [True, False, False, False]
+    plain = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), None))
+    assert plain.advantage_PG.tolist() == [[0, 0], [0, 0], [-0.5, 0.5], [0, 0]]
+    assert plain.zero_variance_P.tolist() == [True, True, False, False]
 
 
 def test_the_kl_of_such_groups_moves_the_weights_if_asked_to(

@@ -191,13 +191,16 @@ class Trainer:
             advantages = updates.advantages(value_PG, valid_PG, method)
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
+            mask_BL = None if mask is None else mask[:, self.schedule.span(plan.steps)]
+        digests = self.distributed.gather_values(updates.digests(drawn.trained, mask_BL))
+        advantages = updates.without_repeats(advantages, [digest for own in digests for digest in own])
         learnt_from_P = updates.learnt_from(advantages, method)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
             advantage_B=advantages.advantage_PG.flatten()[mine.start : mine.stop].float(),
             valid_B=learnt_from_P.repeat_interleave(plan.group)[mine.start : mine.stop],
-            mask_BL=None if mask is None else mask[:, self.schedule.span(plan.steps)],
+            mask_BL=mask_BL,
             rate=self.config.optimizer.suffix_scale if plan.kind == "suffix" else 1.0,
             segment=plan.kind,
             shared=self._shared(plan),
@@ -391,7 +394,8 @@ class Trainer:
         none = not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any())
         if none and not self._no_variance:
             then = "its step follows the KL alone" if learnt_from_P.any() else "it takes no step"
-            logger.warning("update %d: the returns of every group are equal; %s", self.update + 1, then)
+            what = "in every group the returns, or the sequences, are equal"
+            logger.warning("update %d: %s; %s", self.update + 1, what, then)
         self._no_variance = none
 
     def _decode(self, actions: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "Kind",
     "Plan",
     "advantages",
+    "digests",
     "draw",
     "kind_of_update",
     "learnt_from",
@@ -30,6 +32,7 @@ __all__ = [
     "plan",
     "record",
     "returns",
+    "without_repeats",
 ]
 
 Kind = Literal["full", "prefix", "suffix"]
@@ -283,6 +286,32 @@ def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: in
 def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Advantages:
     """Group-relative advantages of the returns (method, section 4)."""
     return group_advantages(value_PG, valid_PG, kind=method.advantage)
+
+
+def without_repeats(found: Advantages, digests: Sequence[str]) -> Advantages:
+    """The advantages, where a group of one sequence that was drawn again and again counts as one without variance.
+
+    Whatever its returns, it teaches nothing: its advantages add up to 0, and AdamW would scale the rounding that is
+    left of its gradient to a full step.
+
+    Args:
+        digests: those of every sequence, group by group.
+    """
+    group = found.advantage_PG.shape[1]
+    groups = [digests[first : first + group] for first in range(0, len(digests), group)]
+    same_P = torch.tensor([len(set(own)) == 1 for own in groups]) & ~found.dropped_P
+    return replace(
+        found,
+        advantage_PG=found.advantage_PG.masked_fill(same_P[:, None], 0),
+        zero_variance_P=found.zero_variance_P | same_P,
+    )
+
+
+def digests(sequences: Rollout, mask_BL: Tensor | None) -> list[str]:
+    """A hash per sequence of what its term of the loss is made of, besides the advantage: its actions and its mask."""
+    columns = [sequences.actions.flatten(1).cpu()] + ([] if mask_BL is None else [mask_BL.cpu()])
+    rows = zip(*(column.contiguous().numpy() for column in columns), strict=True)
+    return [hashlib.sha256(b"".join(part.tobytes() for part in row)).hexdigest() for row in rows]
 
 
 def learnt_from(found: Advantages, method: MethodConfig) -> Tensor:
