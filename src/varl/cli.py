@@ -18,7 +18,7 @@ from rich.text import Text
 from varl import commands
 from varl.effects import NoEffect
 from varl.errors import InputError, Interrupted, RunError, checking
-from varl.recipes import check_nulls, check_recipe, check_words, parse_yaml, recipes_in, split_recipes
+from varl.recipes import check_recipe, check_settings, check_words, parse_yaml, recipes_in, split_recipes
 
 __all__ = ["main"]
 
@@ -64,7 +64,10 @@ def _overview() -> str:
 def _parser(name: str, command: Command) -> jsonargparse.ArgumentParser:
     about = (command.run.__doc__ or "").strip()
     parser = jsonargparse.ArgumentParser(
-        prog=f"varl {name}", usage=f"varl {name} [RECIPE] [--key value ...]", description=about
+        prog=f"varl {name}",
+        usage=f"varl {name} [RECIPE] [--key value ...]",
+        description=about,
+        allow_abbrev=False,  # what is checked of words goes by their full names
     )
     parser.add_argument("--config", action="config", help="settings (YAML); those named after it override them")
     parser.add_class_arguments(command.config, as_group=False)
@@ -84,11 +87,11 @@ def _read(name: str, command: Command, words: Sequence[str]) -> Any:
                     f"--policy.config.{deep[1]} as a whole, '{{...}}'"
                 )
         for path in recipes_in(words):
-            check_recipe(path)
-        check_words(words)
+            check_recipe(path, command.config)
+        check_words(words, command.config)
         values = parser.parse_args(words)
         _own_reward(parser, words, values, options)
-        check_nulls(command.config, values.as_dict())
+        check_settings(command.config, {k: v for k, v in values.as_dict().items() if k != "config"})
         while True:  # one section after the other may have settings to leave out
             try:
                 return _made(parser, command, values)

@@ -40,6 +40,9 @@ def load_reward(spec: str | Mapping[str, Any]) -> Reward:
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ValueError(f'a reward needs a name: "ocr" or "module:attribute", got {spec!r}')
+    strange = [key for key in options if not isinstance(key, str)]
+    if strange:
+        raise ValueError(f"reward {name!r}: options go by names, got {strange[0]!r:.80}")
     if name == "ocr":
         return _ocr_reward(options)
     if ":" in name:
