@@ -317,11 +317,11 @@ def test_a_warning_is_for_the_first_of_several_in_a_row(made: Trainer, caplog: p
     said = []
     for found in (failed, flat, flat, telling, flat, failed, flat):
         caplog.clear()
-        made._warn_of_no_variance(found, none)
+        made._warn_of_no_variance(found, none, False)
         said.append(len(caplog.messages))
         made.update += 1
     assert said == [0, 1, 0, 0, 1, 0, 1]
-    assert caplog.messages == ["update 7: in every group the returns, or the sequences, are equal; it takes no step"]
+    assert caplog.messages == ["update 7: the returns of every group are equal; it takes no step"]
 
 
 def test_what_is_shown_is_of_four_prompts(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

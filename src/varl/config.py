@@ -189,8 +189,8 @@ class MethodConfig:
         logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
             which costs a second pass where rollouts are guided, and is then the safer one at high learning rates
             (docs/performance.md).
-        zero_variance: a group whose returns, or sequences, are all equal teaches nothing: ``drop`` leaves it out;
-            ``kl`` keeps its KL, which then moves the weights even where no group of an update has variance.
+        zero_variance: a group whose returns are all equal teaches nothing: ``drop`` leaves it out; ``kl`` keeps its KL,
+            which then moves the weights even where no group of an update has variance.
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"

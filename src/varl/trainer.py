@@ -192,9 +192,9 @@ class Trainer:
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
             mask_BL = None if mask is None else mask[:, self.schedule.span(plan.steps)]
-        digests = self.distributed.gather_values(updates.digests(drawn.trained, mask_BL))
-        advantages = updates.without_repeats(advantages, [digest for own in digests for digest in own])
         learnt_from_P = updates.learnt_from(advantages, method)
+        digests = self.distributed.gather_values(updates.digests(drawn.trained, mask_BL))
+        cancelled = updates.cancelled(learnt_from_P, [digest for own in digests for digest in own], method)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
@@ -206,11 +206,12 @@ class Trainer:
             shared=self._shared(plan),
             reference_logp_BL=sampled.reference_logp,
             total=total,
+            cancelled=cancelled,
         )
         record = updates.record(plan, self.distributed.gather_scores(output), value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
-        self._warn_of_no_variance(advantages, learnt_from_P)
+        self._warn_of_no_variance(advantages, learnt_from_P, cancelled)
         if self.ema is not None:
             self.ema.update()
         show = self._due(self.config.run.gallery_every)
@@ -389,13 +390,13 @@ class Trainer:
         ]
         return kinds[0] not in kinds[1:]
 
-    def _warn_of_no_variance(self, advantages: Advantages, learnt_from_P: Tensor) -> None:
+    def _warn_of_no_variance(self, advantages: Advantages, learnt_from_P: Tensor, cancelled: bool) -> None:
         """Say so where no group of an update has anything to teach, at the first of several in a row."""
-        none = not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any())
+        none = cancelled or (not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any()))
         if none and not self._no_variance:
-            then = "its step follows the KL alone" if learnt_from_P.any() else "it takes no step"
-            what = "in every group the returns, or the sequences, are equal"
-            logger.warning("update %d: %s; %s", self.update + 1, what, then)
+            what = "sequences" if cancelled else "returns"
+            then = "its step follows the KL alone" if learnt_from_P.any() and not cancelled else "it takes no step"
+            logger.warning("update %d: the %s of every group are equal; %s", self.update + 1, what, then)
         self._no_variance = none
 
     def _decode(self, actions: Tensor) -> Tensor:
