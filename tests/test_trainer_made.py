@@ -28,7 +28,7 @@ from varl.sizing import FIRST
 from varl.trainer import Trainer
 
 SHAPE = InklingConfig(**(tiny_runs.SHAPE | {"grids": [1, 2, 3, 6], "width": 16, "depth": 1}))
-EVALUATED = EvaluationConfig(count=2, seed=5, prompt_seed=4, sampling=Sampling(top_k=3), alarm_window=6)
+EVALUATED = EvaluationConfig(count=2, seed=5, prompt_seed=4, sampling=Sampling(top_k=3), alarm_window=2)
 
 
 @pytest.fixture(scope="module")
