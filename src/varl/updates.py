@@ -340,11 +340,13 @@ def masks(
 
 def record(plan: Plan, scores: RewardOutput, value_PG: Tensor, found: Advantages) -> dict[str, Any]:
     """What the log says of all processes' scores, and of the returns and advantages made of them."""
-    kept, fine = ~found.dropped_P, ~scores.failed
+    kept = ~found.dropped_P
     parts = {"score": scores.score, **scores.parts}
+    # A part may be unknown of a picture that has a score.
+    known = {name: value[~scores.failed & ~value.isnan()] for name, value in parts.items()}
     return {
         "kind": plan.kind,
-        "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
+        "reward": {name: float(value.mean()) if len(value) else None for name, value in known.items()},
         "failed_pictures": int(scores.failed.sum()),
         "failed_share": float(scores.failed.float().mean()),
         "return": float(value_PG[kept].mean()) if kept.any() else None,
