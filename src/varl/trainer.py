@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
-from varl.algorithm import Advantages
 from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
@@ -37,6 +36,7 @@ from varl.run import faults, state
 from varl.run.failures import FailureWindow
 from varl.run.folder import RunFolder
 from varl.run.loop import run_updates
+from varl.run.notices import Notices
 from varl.sizing import FIRST, fastest_micro_batch
 
 __all__ = ["Trainer"]
@@ -149,7 +149,7 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
-        self._no_variance = False
+        self._notices = Notices()
         patience = OUTLIVED_S if self.distributed.size > 1 else 0.0
         self.folder = RunFolder(config, self.distributed.main, patience)
         try:
@@ -211,7 +211,9 @@ class Trainer:
         record = updates.record(plan, self.distributed.gather_scores(output), value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
-        self._warn_of_no_variance(advantages, learnt_from_P, cancelled)
+        if self.distributed.main:
+            self._notices.no_variance(self.update + 1, advantages, learnt_from_P, cancelled)
+            self._notices.no_regions(output, method.mask)
         if self.ema is not None:
             self.ema.update()
         show = self._due(self.config.run.gallery_every)
@@ -389,15 +391,6 @@ class Trainer:
             for u in range(self.update, -(-(self.update + 1) // every) * every)
         ]
         return kinds[0] not in kinds[1:]
-
-    def _warn_of_no_variance(self, advantages: Advantages, learnt_from_P: Tensor, cancelled: bool) -> None:
-        """Say so where no group of an update has anything to teach, at the first of several in a row."""
-        none = cancelled or (not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any()))
-        if none and not self._no_variance:
-            what = "sequences" if cancelled else "returns"
-            then = "its step follows the KL alone" if learnt_from_P.any() and not cancelled else "it takes no step"
-            logger.warning("update %d: the %s of every group are equal; %s", self.update + 1, what, then)
-        self._no_variance = none
 
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(self.learner.micro_batch)
