@@ -94,8 +94,8 @@ def test_what_is_read_and_checked(config: TrainConfig, monkeypatch: pytest.Monke
 
 def test_what_a_trainer_begins_with(made: Trainer, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (made.update, made.pictures, made.evaluated, made.best) == (0, 0, None, None)
-    assert (made.owed, made._no_variance, made.kept, made.ema, made._pool) == (False, False, None, None, None)
     assert (made.owed, made.kept, made.ema, made._pool) == (False, None, None, None)
+    assert made.held_out == []
     assert made.learner.micro_batch == 7
     assert made.learner.distributed is made.distributed
     assert made.distributed.config is config.parallel
