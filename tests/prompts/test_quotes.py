@@ -58,6 +58,32 @@ def test_quoted_words(text, words):
     assert quoted_words(text) == words
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        # Years and shortened words inside a text; numbers that are the text.
+        ("a banner 'CLASS OF '99' over the door", ("CLASS OF '99",)),
+        ("a banner 'CLASS OF '99'", ("CLASS OF '99",)),
+        ("a banner ‘CLASS OF ‘99’ over the door", ("CLASS OF ‘99",)),
+        ("a banner 'CLASS OF '99 REUNION' over the door", ("CLASS OF '99 REUNION",)),
+        ("Banner reading 'Summer of '69'", ("Summer of '69",)),
+        ("text 'Spirit of '76' on a flag", ("Spirit of '76",)),
+        ("a sign 'BACK IN '05' and 'OPEN'", ("BACK IN '05", "OPEN")),
+        ("a sign 'FROM '05 TO '06' and 'OPEN'", ("FROM '05 TO '06", "OPEN")),
+        ("a shirt 'Houston '94' and a 'Rockets' cap", ("Houston '94", "Rockets")),
+        ("the '68 Mustang with 'Class of '99'", ("Class of '99",)),
+        ("the '68 Mustang with the number '99'", ("99",)),
+        ("mug with 'Get 'er Done'", ("Get 'er Done",)),
+        ("mug with 'Give 'im Hell' and 'Sure 'nuff'", ("Give 'im Hell", "Sure 'nuff")),
+        ("the signs '99' and '42'", ("99", "42")),
+        ("a sign saying '1984'", ("1984",)),
+        ("a jersey 'Jordan' '23'", ("Jordan", "23")),
+    ],
+)
+def test_marks_that_could_be_either(text, words):
+    assert quoted_words(text) == words
+
+
 @pytest.mark.parametrize("unit", [" 'a", " 'til", " 'til a'", '5" a" ', " 'til dogs' a", '„ "5" “', " ‚a‘ ’", "«»"])
 def test_quotes_take_time_with_the_length(unit):
     started = time.process_time()

@@ -26,9 +26,13 @@ _SINGLE = re.compile(r"['‘’‚\n]")
 _ALONE = re.compile(r"(?<=\w )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<= n)['’](?= \w)")
 """Marks of words such as rock 'n' roll, which open and close nothing."""
 _SHORTENED = re.compile(
-    r"['‘’](?:\d0s|til|em|cause|cos|cuz|n|tis|twas|round|bout|neath|ello|ere|kay)(?!\w)", re.IGNORECASE
+    r"['‘’](?:\d0s|til|em|er|im|cause|cos|coz|cuz|n|tis|twas|twill|round|bout|neath|tween|gainst|ello|ere|ave|kay|nuff"
+    r"|nother|fraid)(?!\w)",
+    re.IGNORECASE,
 )
 """Words that begin with an apostrophe, as '90s and 'til do; a quoted text may begin so too."""
+_YEAR = re.compile(r"['‘]\d\d(?!\w)")
+"""A year such as '99, if it is inside an open text; alone, a number in quotes."""
 
 
 def quoted_words(text: str) -> tuple[str, ...]:
@@ -36,8 +40,8 @@ def quoted_words(text: str) -> tuple[str, ...]:
 
     Quotes are single or double, straight or curly, also „German“, ”Swedish”, « French », ‹single› and 「Japanese」
     ones. A quote inside another pair is part of the outer text. Apostrophes (don't, the dogs' bowl, the '90s, rock 'n'
-    roll), feet and inches (5'10", a 12" record) are no quotes. Blank pairs are left out. Single quotes pair within a
-    line.
+    roll), feet and inches (5'10", a 12" record) are no quotes; they may be in a text ('CLASS OF '99'). Blank pairs are
+    left out. Single quotes pair within a line.
     """
     double = list(_double(text))
     found, after = [], 0
@@ -94,9 +98,11 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
             if begun:
                 yield begun[0], at
             elif _opens(text, at):
+                below = stack[-1][2] if stack else -1
                 shortened = _SHORTENED.match(text, at)
-                whole = len(stack) if shortened is None else stack[-1][2] if stack else -1
-                stack.append((at, shortened.end() if shortened else 0, whole))
+                if below >= 0 and not _YEAR.match(text, stack[below][0]):
+                    shortened = shortened or _YEAR.match(text, at)
+                stack.append((at, shortened.end() if shortened else 0, below if shortened else len(stack)))
 
 
 def _opens(text: str, at: int) -> bool:
