@@ -78,13 +78,40 @@ def test_quoted_words(text, words):
         ("the signs '99' and '42'", ("99", "42")),
         ("a sign saying '1984'", ("1984",)),
         ("a jersey 'Jordan' '23'", ("Jordan", "23")),
+        # An apostrophe at the end of a word, inside a text and after it.
+        ("a shirt 'LIVIN' LARGE' on a line", ("LIVIN' LARGE",)),
+        ("'Rockin' Robin'", ("Rockin' Robin",)),
+        ("'GONE FISHIN''", ("GONE FISHIN'",)),
+        ("a door 'GONE FISHIN'' and 'OPEN'", ("GONE FISHIN'", "OPEN")),
+        ("‘GONE FISHIN’’ and ‘LIVIN’ LARGE’", ("GONE FISHIN’", "LIVIN’ LARGE")),
+        ("'The Girls' Guide' and 'OPEN'", ("The Girls' Guide", "OPEN")),
+        ("'The Girls' and Boys' Club'", ("The Girls' and Boys' Club",)),
+        ("the '90s book 'The Girls' Guide'", ("The Girls' Guide",)),
+        ("'The Girls' Day Fishin''", ("The Girls' Day Fishin'",)),
+        ("a pub 'The Farmers' Arms'", ("The Farmers' Arms",)),
+        ("a pub 'The Farmers' Arms' on the hill", ("The Farmers' Arms",)),
+        ("'Ol' Man River'", ("Ol' Man River",)),
+        ("it's a sign 'SALE' by Ann's shop 'OPEN'", ("SALE", "OPEN")),
+        ("a sign 'OPEN' on the girls' house", ("OPEN",)),
+        ("a sign 'FLOWERS' on the girls' house", ("FLOWERS",)),
+        ("a sign 'FLOWERS' by the Smiths' house, the boys' room", ("FLOWERS",)),
+        ("a sign 'FLOWERS' 6' tall", ("FLOWERS",)),
+        ("a sign 'FLOWERS' in the mornin' sun", ("FLOWERS",)),
+        ("a sign 'BERLIN' and\na dogs' bowl LARGE'", ("BERLIN",)),
+        ("A SIGN 'FLOWERS' BY THE GIRLS' HOUSE", ("FLOWERS",)),
+        ("a pub 'SALE' by the sea' side", ("SALE",)),
+        ("'FLOWERS''SALE'", ("FLOWERS", "SALE")),
+        ("''FLOWERS'' and ''SALE''", ("FLOWERS", "SALE")),
+        ("a note 'He likes 'FLOWERS' best'", ("He likes 'FLOWERS' best",)),
     ],
 )
 def test_marks_that_could_be_either(text, words):
     assert quoted_words(text) == words
 
 
-@pytest.mark.parametrize("unit", [" 'a", " 'til", " 'til a'", '5" a" ', " 'til dogs' a", '„ "5" “', " ‚a‘ ’", "«»"])
+@pytest.mark.parametrize(
+    "unit", [" 'a", " 'til", " 'til a'", '5" a" ', " 'til dogs' a", '„ "5" “', " ‚a‘ ’", "«»", "s' a", "'s' S"]
+)
 def test_quotes_take_time_with_the_length(unit):
     started = time.process_time()
     quoted_words(unit * 30_000)

@@ -33,6 +33,13 @@ _SHORTENED = re.compile(
 """Words that begin with an apostrophe, as '90s and 'til do; a quoted text may begin so too."""
 _YEAR = re.compile(r"['‘]\d\d(?!\w)")
 """A year such as '99, if it is inside an open text; alone, a number in quotes."""
+_ENDED = re.compile(
+    r"(?:(?<=[sxz])|(?<=\w\win)|(?<=\b[no])|(?<=\b(?:ol|an|th|wi|mo|po))|(?<=\blil))['’](?=\s\w|['’](?![^\W_]))",
+    re.IGNORECASE,
+)
+"""Marks that may end a word and not a text: the Girls' Guide, Livin' Large, Gone Fishin''."""
+FAR = 100
+"""Characters up to which a mark is held to end a text that seemed to have ended before."""
 
 
 def quoted_words(text: str) -> tuple[str, ...]:
@@ -45,7 +52,7 @@ def quoted_words(text: str) -> tuple[str, ...]:
     """
     double = list(_double(text))
     found, after = [], 0
-    for start, end in sorted([*double, *_single(text, double)]):
+    for start, end in sorted([*double, *_single(text, double)], key=lambda span: (span[0], -span[1])):
         if start >= after:
             found.append(text[start + 1 : end].strip())
             after = end + 1
@@ -80,10 +87,12 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
     """Pairs of single quotes that are not inside ``double``; also those inside one another.
 
     A mark closes the last one that is open, so that an apostrophe in front of a word, which nothing closes, takes no
-    part of the text after it.
+    part of the text after it. If it may be the apostrophe of a word ('Livin' Large'), the pair is given, and again up
+    to the next mark that closes, before any that opens: it has nothing else to close.
     """
     alone = {mark for match in _ALONE.finditer(text) for mark in range(*match.span())}
     opened: dict[bool, list[Opened]] = {False: [], True: []}  # straight and curly
+    ended: dict[bool, Span | None] = {}  # the last pair, if its end may be an apostrophe
     inside = iter([*double, (len(text), len(text))])
     start, end = next(inside)
     for match in _SINGLE.finditer(text):
@@ -91,13 +100,20 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
         while at > end:
             start, end = next(inside)
         if mark == "\n":
-            opened = {False: [], True: []}
+            opened, ended = {False: [], True: []}, {}
         elif at not in alone and not start < at < end:
-            stack = opened[mark != "'"]
-            begun = _closes(text, at) and _begun(stack, text, at)
-            if begun:
+            kind = mark != "'"
+            stack, last = opened[kind], ended.get(kind)
+            closes = _closes(text, at) or (last is not None and last[1] == at - 1)
+            if closes and last and (not stack or stack[-1][2] < 0):
+                if not _apostrophe(text, last, at):
+                    yield last[0], at
+                    ended[kind] = (last[0], at) if _ENDED.match(text, at) else None
+            elif closes and (begun := _begun(stack, text, at)):
                 yield begun[0], at
+                ended[kind] = (begun[0], at) if _ENDED.match(text, at) else None
             elif _opens(text, at):
+                ended[kind] = None
                 below = stack[-1][2] if stack else -1
                 shortened = _SHORTENED.match(text, at)
                 if below >= 0 and not _YEAR.match(text, stack[below][0]):
@@ -131,3 +147,16 @@ def _begun(stack: list[Opened], text: str, at: int) -> Opened | None:
         elif at > shortened and re.match(r"s['’]\s[a-z]", text[at - 1 : at + 3]):
             return None
     return stack.pop()
+
+
+def _apostrophe(text: str, last: Span, at: int) -> bool:
+    """Whether the mark at a place, after a pair that may have ended, is an apostrophe or feet, or may be."""
+    start, end = last
+    if at - end > FAR or text[at - 1].isdigit():
+        return True
+    if end == at - 1:
+        return text[start - 1 : start] in ("'", "‘")  # ''a text in pairs of marks''
+    if not _ENDED.match(text, at) or text[at + 1] in "'’":
+        return False
+    named = all(word[0].isupper() for word in text[end + 1 : at].split())
+    return not (named and text[at + 2].islower())  # a pub 'The Farmers' Arms' on the hill
