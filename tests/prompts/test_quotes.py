@@ -103,6 +103,19 @@ def test_quoted_words(text, words):
         ("'FLOWERS''SALE'", ("FLOWERS", "SALE")),
         ("''FLOWERS'' and ''SALE''", ("FLOWERS", "SALE")),
         ("a note 'He likes 'FLOWERS' best'", ("He likes 'FLOWERS' best",)),
+        # Scripts without spaces between words, and Korean, whose particles follow a mark at once.
+        ("文字'你好'在墙上", ("你好",)),
+        ("文字‘你好’在墙上", ("你好",)),
+        ("文字'OPEN'在墙上，高5'的门'出口'", ("OPEN", "出口")),
+        ("写着“欢迎”和‘光临’", ("欢迎", "光临")),
+        ("一个LOGO'你好'和'再见'OK", ("你好", "再见")),
+        ("壁に'こんにちは'と書いてある", ("こんにちは",)),
+        ("看板に'カフェ'と‘ｶﾌｪ’と", ("カフェ", "ｶﾌｪ")),
+        ("ป้าย'สวัสดี'และ‘เปิด’ที่", ("สวัสดี", "เปิด")),
+        ("ປ້າຍ'ສະບາຍດີ'ຢູ່", ("ສະບາຍດີ",)),
+        ("ផ្លាក'សួស្តី'នៅ", ("សួស្តី",)),
+        ("စာ'မင်္ဂလာပါ'ရေး", ("မင်္ဂလာပါ",)),
+        ("벽에 '안녕'이라고 쓰인", ("안녕",)),
     ],
 )
 def test_marks_that_could_be_either(text, words):

@@ -22,6 +22,12 @@ _CLOSE = {
 }  # fmt: skip
 _CLOSING = {opening: re.compile(closing) for opening, closing in _CLOSE.items()}
 
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u19e0-\u19ff\u3005-\u3007\u3040-\u318f\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U000323af]"
+)
+"""Letters of Thai, Lao, Myanmar, Khmer, Chinese, Japanese and Korean: words need no space around them, and no
+apostrophe is beside them, so that a single mark is a quote."""
 _SINGLE = re.compile(r"['‘’‚\n]")
 _ALONE = re.compile(r"(?<=\w )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<= n)['’](?= \w)")
 """Marks of words such as rock 'n' roll, which open and close nothing."""
@@ -123,14 +129,16 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
 
 def _opens(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else "", text[at + 1 : at + 2]
-    if before == "_" or before.isalnum() or text[at] == "’":
+    word_before = before.isalnum() and not _UNSPACED.match(before)
+    if before == "_" or (word_before and not (before.isalpha() and _UNSPACED.match(after))) or text[at] == "’":
         return False
     return text[at] == "‘" or not (after in ("", "'") or after.isspace())
 
 
 def _closes(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else " ", text[at + 1 : at + 2]
-    if after == "_" or after.isalnum() or text[at] == "‚":
+    inside = after.isalnum() and not _UNSPACED.match(after) and not _UNSPACED.match(before)
+    if after == "_" or inside or text[at] == "‚":
         return False
     return text[at] == "’" or not (before == "'" or before.isspace())
 
