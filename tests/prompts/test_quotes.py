@@ -116,6 +116,15 @@ def test_quoted_words(text, words):
         ("ផ្លាក'សួស្តី'នៅ", ("សួស្តី",)),
         ("စာ'မင်္ဂလာပါ'ရေး", ("မင်္ဂလာပါ",)),
         ("벽에 '안녕'이라고 쓰인", ("안녕",)),
+        # Inches at the end of a text, escaped marks, and Markdown.
+        ("""text "5'10"" on the ruler""", ("5'10\"",)),
+        ("""text "5'10"", then "A" """, ("5'10\"", "A")),
+        (r"a sign \'SALE\' and \'DON\'T WALK\'", ("SALE", "DON'T WALK")),
+        (r"a sign \"SALE\", a 6\" x 4\" card", ("SALE",)),
+        (r'a note "I said \"HI\" twice" and \"B\"', ('I said "HI" twice', "B")),
+        ("_'SALE'_ and __'OPEN'__, *'A'*, **“B”**", ("SALE", "OPEN", "A", "B")),
+        ("a_sign_'SALE'_on_the_dogs'_bowl", ("SALE",)),
+        ("rock_'n'_roll", ()),
     ],
 )
 def test_marks_that_could_be_either(text, words):

@@ -13,11 +13,15 @@ Opened = tuple[int, int, int]
 """Where a mark is that is open; the end of the shortened word that it begins, or 0; and the place in the stack of the
 last mark, up to it, that begins none, or -1."""
 
-_INCH = re.compile(r"""(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])"(?!\w)|(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])"(?=[xX×]\s?\d)|(?<=\d\s)"(?=\s)""")
+_ESCAPED = "\ue000"
+"""In place of \\": a mark of its own, so that one that is in another text takes no part of it."""
+_INCH = re.compile(
+    r"""(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])["\ue000](?!\w)|(?<=[\d¼½¾⅓⅔⅛⅜⅝⅞])["\ue000](?=[xX×]\s?\d)|(?<=\d\s)["\ue000](?=\s)"""
+)
 """A straight double quote that stands for inches: 12" vinyl, 8"x10"."""
-_OPEN = re.compile(r'["＂“„«‹「『]|(?<!\S)”(?=\S)|(?<!\w)[»›](?=\w)|(?<!\w)[`´](?=\S)')
+_OPEN = re.compile(r'["\ue000＂“„«‹「『]|(?<!\S)”(?=\S)|(?<!\w)[»›](?=\w)|(?<!\w)[`´](?=\S)')
 _CLOSE = {
-    '"': '"', "＂": "＂", "“": "”", "„": '[“”"]', "”": "”", "`": "[`´]", "´": "[`´]",
+    '"': '"', _ESCAPED: _ESCAPED, "＂": "＂", "“": "”", "„": '[“”"]', "”": "”", "`": "[`´]", "´": "[`´]",
     "«": "»", "»": "«", "‹": "›", "›": "‹", "「": "」", "『": "』",
 }  # fmt: skip
 _CLOSING = {opening: re.compile(closing) for opening, closing in _CLOSE.items()}
@@ -29,7 +33,7 @@ _UNSPACED = re.compile(
 """Letters of Thai, Lao, Myanmar, Khmer, Chinese, Japanese and Korean: words need no space around them, and no
 apostrophe is beside them, so that a single mark is a quote."""
 _SINGLE = re.compile(r"['‘’‚\n]")
-_ALONE = re.compile(r"(?<=\w )['‘’]n['’](?= \w)|(?<=[A-Z] )['‘’]N['’](?= [A-Z])|(?<= n)['’](?= \w)")
+_ALONE = re.compile(r"(?<=\w[ _])['‘’]n['’](?=[ _]\w)|(?<=[A-Z][ _])['‘’]N['’](?=[ _][A-Z])|(?<=[ _]n)['’](?=[ _]\w)")
 """Marks of words such as rock 'n' roll, which open and close nothing."""
 _SHORTENED = re.compile(
     r"['‘’](?:\d0s|til|em|er|im|cause|cos|coz|cuz|n|tis|twas|twill|round|bout|neath|tween|gainst|ello|ere|ave|kay|nuff"
@@ -54,13 +58,14 @@ def quoted_words(text: str) -> tuple[str, ...]:
     Quotes are single or double, straight or curly, also „German“, ”Swedish”, « French », ‹single› and 「Japanese」
     ones. A quote inside another pair is part of the outer text. Apostrophes (don't, the dogs' bowl, the '90s, rock 'n'
     roll), feet and inches (5'10", a 12" record) are no quotes; they may be in a text ('CLASS OF '99'). Blank pairs are
-    left out. Single quotes pair within a line.
+    left out. Single quotes pair within a line. A backslash before a straight mark is dropped.
     """
+    text = text.replace("\\'", "'").replace('\\"', _ESCAPED)
     double = list(_double(text))
     found, after = [], 0
     for start, end in sorted([*double, *_single(text, double)], key=lambda span: (span[0], -span[1])):
         if start >= after:
-            found.append(text[start + 1 : end].strip())
+            found.append(text[start + 1 : end].replace(_ESCAPED, '"').strip())
             after = end + 1
     return tuple(word for word in found if word)
 
@@ -70,10 +75,10 @@ def _double(text: str) -> Iterator[Span]:
     at, barren = 0, set()  # kinds of which no mark closes any more: time is linear
     while opening := _OPEN.search(text, at):
         kind, at = opening[0], opening.end()
-        if kind in barren or (kind == '"' and _INCH.match(text, opening.start())):
+        if kind in barren or _INCH.match(text, opening.start()):
             continue
         closing = _CLOSING[kind].search(text, at)
-        while kind == '"' and closing and _inch_inside(text, closing.start()):
+        while closing and _inch_inside(text, closing.start()):
             closing = _CLOSING[kind].search(text, closing.end())
         if closing is None:
             barren.add(kind)
@@ -83,10 +88,10 @@ def _double(text: str) -> Iterator[Span]:
 
 
 def _inch_inside(text: str, at: int) -> bool:
-    """Whether a mark that could close is one of inches, as in "12" VINYL": the next one closes and cannot open."""
-    if not _INCH.match(text, at) or (after := text.find('"', at + 1)) < 0:
+    """Whether a mark that could close is one of inches, as in "12" VINYL" and "5'10"": the next one only closes."""
+    if not _INCH.match(text, at) or (after := text.find(text[at], at + 1)) < 0:
         return False
-    return text[after - 1].isalpha() and not text[after + 1 : after + 2].isalnum()
+    return (text[after - 1].isalpha() or after == at + 1) and not text[after + 1 : after + 2].isalnum()
 
 
 def _single(text: str, double: list[Span]) -> Iterator[Span]:
@@ -129,8 +134,10 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
 
 def _opens(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else "", text[at + 1 : at + 2]
-    word_before = before.isalnum() and not _UNSPACED.match(before)
-    if before == "_" or (word_before and not (before.isalpha() and _UNSPACED.match(after))) or text[at] == "’":
+    inside = before.isalnum() and not _UNSPACED.match(before)
+    if inside and before.isalpha() and _UNSPACED.match(after):
+        inside = False  # digits before are feet
+    if inside or text[at] == "’":
         return False
     return text[at] == "‘" or not (after in ("", "'") or after.isspace())
 
@@ -138,7 +145,7 @@ def _opens(text: str, at: int) -> bool:
 def _closes(text: str, at: int) -> bool:
     before, after = text[at - 1 : at] if at else " ", text[at + 1 : at + 2]
     inside = after.isalnum() and not _UNSPACED.match(after) and not _UNSPACED.match(before)
-    if after == "_" or inside or text[at] == "‚":
+    if inside or text[at] == "‚":
         return False
     return text[at] == "’" or not (before == "'" or before.isspace())
 
