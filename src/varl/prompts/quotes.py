@@ -48,6 +48,8 @@ _ENDED = re.compile(
     re.IGNORECASE,
 )
 """Marks that may end a word and not a text: the Girls' Guide, Livin' Large, Gone Fishin''."""
+_FINAL = re.compile(rf"(?<=[^\W_]|[.,!?…)])(?<!{_UNSPACED.pattern})['’](?![^\W_])")
+"""Marks that can end a text and begin none."""
 FAR = 100
 """Characters up to which a mark is held to end a text that seemed to have ended before."""
 
@@ -115,12 +117,12 @@ def _single(text: str, double: list[Span]) -> Iterator[Span]:
         elif at not in alone and not start < at < end:
             kind = mark != "'"
             stack, last = opened[kind], ended.get(kind)
-            closes = _closes(text, at) or (last is not None and last[1] == at - 1)
-            if closes and last and (not stack or stack[-1][2] < 0):
+            ends = last and (last[1] == at - 1 or _FINAL.match(text, at)) and (not stack or stack[-1][2] < 0)
+            if last and ends:
                 if not _apostrophe(text, last, at):
                     yield last[0], at
                     ended[kind] = (last[0], at) if _ENDED.match(text, at) else None
-            elif closes and (begun := _begun(stack, text, at)):
+            elif _closes(text, at) and (begun := _begun(stack, text, at)):
                 yield begun[0], at
                 ended[kind] = (begun[0], at) if _ENDED.match(text, at) else None
             elif _opens(text, at):
