@@ -102,6 +102,7 @@ def test_quoted_words(text, words):
         ("a pub 'SALE' by the sea' side", ("SALE",)),
         ("a sign 'FLOWERS' and ('?'), 'CARS' and-'A'", ("FLOWERS", "?", "CARS", "A")),
         ("招牌'FLOWERS' 在门上'你好'", ("FLOWERS", "你好")),
+        ("a sign 'FLOWERS' and 'til dawn'", ("FLOWERS", "til dawn")),
         ("a sign 'FLOWERS' and '' empty", ("FLOWERS",)),
         ("'The Girls' Guide!', 'GONE FISHIN''.", ("The Girls' Guide!", "GONE FISHIN'")),
         ("'FLOWERS''SALE'", ("FLOWERS", "SALE")),
