@@ -54,8 +54,8 @@ def test_ten_updates_of_a_constant_reward_move_nothing(
     assert [line["not_finite"] for line in lines] == [0] * 12
     assert [line["zero_variance_groups"] for line in lines] == [1.0] * 12
     assert trainer.learner.updates_taken == 0
-    said = [record.message for record in caplog.records if "in every group" in record.message]
-    assert said == ["update 1: in every group the returns, or the sequences, are equal; it takes no step"]
+    said = [record.message for record in caplog.records if "of every group are equal" in record.message]
+    assert said == ["update 1: the returns of every group are equal; it takes no step"]
 
 
 @pytest.mark.parametrize("kind", ["alternate", "full"])
@@ -71,23 +71,22 @@ def test_groups_of_one_sequence_move_nothing(weights: Path, tmp_path: Path, kind
     assert min(line["group_std"] for line in lines) > 0
 
 
-def test_a_group_is_of_one_sequence_if_actions_and_mask_are_equal() -> None:
+def test_terms_cancel_where_every_group_is_of_one_sequence() -> None:
     policy = Bits()
-    sequences = rollout(policy, policy.condition(labels(8)), None, row_generators((0,), 8))
-    actions = sequences.actions[[0, 0, 1, 1, 2, 3, 4, 4]]
-    mask = torch.ones(8, actions.shape[1])
+    sequences = rollout(policy, policy.condition(labels(6)), None, row_generators((0,), 6))
+    sequences = replace(sequences, actions=sequences.actions[[0, 0, 1, 1, 2, 3]])
+    mask = torch.ones(sequences.actions.shape[:2])
     mask[3, -1] = 0.5
-    found = updates.advantages(
-        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]),
-        torch.tensor([[True, True]] * 3 + [[True, False]]),
-        MethodConfig(advantage="mean"),
-    )
-    masked = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), mask))
-    assert masked.advantage_PG.tolist() == [[0, 0], [-0.5, 0.5], [-0.5, 0.5], [0, 0]]
-    assert masked.zero_variance_P.tolist() == [True, False, False, False]
-    plain = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), None))
-    assert plain.advantage_PG.tolist() == [[0, 0], [0, 0], [-0.5, 0.5], [0, 0]]
-    assert plain.zero_variance_P.tolist() == [True, True, False, False]
+    plain, masked = updates.digests(sequences, None), updates.digests(sequences, mask)
+
+    def cancelled(learnt: list[bool], digests: list[str], **options: Any) -> bool:
+        return updates.cancelled(torch.tensor(learnt), digests, MethodConfig(**options))
+
+    assert cancelled([True, True, False], plain)
+    assert not cancelled([True, True, True], plain)
+    assert not cancelled([True, True, False], masked)  # the second group's masks differ
+    assert not cancelled([False, False, False], plain)  # nothing is learnt from anyway
+    assert not cancelled([True, True, False], plain, zero_variance="kl")
 
 
 def test_the_kl_of_such_groups_moves_the_weights_if_asked_to(

@@ -158,6 +158,13 @@ def test_an_index_without_a_map_is_none(tmp_path: Path, content: Any) -> None:
         read_tensors(path)
 
 
+def test_json_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "old.safetensors", "a": "new.safetensors"}}')
+    with pytest.raises(ValueError, match=r"json gives 'a' again, 'new\.safetensors' after 'old\.safetensors'$"):
+        read_tensors(path)
+
+
 def test_a_huge_index_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.index.json"
     path.write_text("{")

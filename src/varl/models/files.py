@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import warnings
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from varl.strict_json import RepeatedKey, parse_json
 
 __all__ = ["plain", "read_json", "read_safetensors", "read_torch"]
 
@@ -58,13 +59,15 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: if it is none, or larger than ``MOST_JSON``.
+        ValueError: if it is none, gives a key twice, or is larger than ``MOST_JSON``.
     """
     _head(path, "JSON file")
     if (size := path.stat().st_size) > MOST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; a JSON file beside weights has at most {MOST_JSON:,}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
+    except RepeatedKey as error:
+        raise ValueError(f"{path} {plain(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {plain(error)}") from error
 

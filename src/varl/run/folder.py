@@ -252,8 +252,12 @@ class RunFolder:
         for name in set(before.metrics) & set(result.metrics):
             with suppress(ValueError):  # no prompt could be scored in both, or the prompts are others
                 changes[name] = paired_difference(before, result, name)
-        scores = [_score(line) for line in read_metrics(self.path) if first < line["update"] <= update]
-        falling = falling_metrics(scores, changes)
+        # Each kind for itself: prefixes and suffixes may be valued on other scales, or unequally often.
+        scores: dict[str, list[float]] = {}
+        for line in read_metrics(self.path):
+            if first < line["update"] <= update:
+                scores.setdefault(line.get("kind", ""), []).append(_score(line))
+        falling = next(filter(None, (falling_metrics(own, changes) for own in scores.values())), [])
         if falling:
             logger.warning(
                 "since update %d the training reward rises while held-out %s falls: is the reward being hacked?",

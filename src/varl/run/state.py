@@ -94,7 +94,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.kept = restored_pictures(trainer, tensors, values["pending"])
     trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
     # Earlier checkpoints counted optimizer steps, which are as many with one epoch.
-    trainer.learner.updates_taken = values.get("updates_taken", values.get("steps_taken"))
+    trainer.learner.updates_taken = values["updates_taken" if "updates_taken" in values else "steps_taken"]
     trainer.evaluated = values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
     trainer.failures.shares.extend((pictures, steps) for pictures, steps in values["failures"])
