@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from varl.config import (
+    AdapterConfig,
     EvaluationConfig,
     MaskConfig,
     MethodConfig,
@@ -66,12 +67,25 @@ def test_the_papers_defaults() -> None:
         (RunConfig, {"micro_batch": 0}),
         (RunConfig, {"save_every": 0}),
         (RunConfig, {"keep": 0}),
+        *((MethodConfig, {name: 10**12}) for name in ("prompts", "group", "continuations", "epochs", "prefix_updates")),
+        (MethodConfig, {"suffix_updates": 10**12}),
+        *((RunConfig, {name: 10**20}) for name in ("updates", "save_every", "keep", "failure_window", "micro_batch")),
+        *((RunConfig, {name: 10**20}) for name in ("rollout_batch", "gallery_every", "diagnose_every")),
+        (EvaluationConfig, {"every": 10**20}),
+        (OptimizerConfig, {"warmup_updates": 10**20}),
+        (AdapterConfig, {"rank": 10**20}),
     ],
 )
 def test_impossible_values(config: type, options: dict[str, float]) -> None:
     name = next(iter(options))
     with pytest.raises(ValueError, match=rf"\.{name} must be"):
         config(**options)
+
+
+def test_an_update_of_too_many_pictures() -> None:
+    assert MethodConfig(prompts=10, group=10**4, continuations=10).group == 10**4
+    with pytest.raises(ValueError, match=r"group x continuations of method must be at most 1000000 pictures, got 4000000"):
+        MethodConfig(prompts=4, group=10**5, continuations=10)
 
 
 def test_when_a_reference_is_held() -> None:

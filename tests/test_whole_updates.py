@@ -158,6 +158,8 @@ def test_the_last_update_of_each_kind_is_shown(
     for update in range(max(9, every)):
         trainer.update = update
         due += [update + 1] if trainer._due(every) else []
+    trainer.update = 0
+    assert not trainer._due(10**20)  # says so at once
     trainer.folder.close()
     assert due == shown
 

@@ -20,7 +20,17 @@ from varl.algorithm import (
     RegionShape,
 )
 from varl.effects import Rule, refuse_idle
-from varl.run_config import EvaluationConfig, ParallelConfig, RunConfig, expand, need, need_counts, need_seeds
+from varl.run_config import (
+    LARGEST_COUNT,
+    LARGEST_SPAN,
+    EvaluationConfig,
+    ParallelConfig,
+    RunConfig,
+    expand,
+    need,
+    need_counts,
+    need_seeds,
+)
 from varl.sampling import Sampling
 from varl.schedule import MiddleStep
 
@@ -53,7 +63,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        need(self.rank >= 0, f"policy.lora.rank must be 0 (off) or more, got {self.rank}")
+        need_counts(self, "rank", section="policy.lora.", least=0)
         need(0 < self.alpha < math.inf, f"policy.lora.alpha must be positive and finite, got {self.alpha}")
         refuse_idle("policy.lora", self, [(self.rank == 0, "with policy.lora.rank 0", ("alpha", "targets"))])
 
@@ -219,8 +229,10 @@ class MethodConfig:
     zero_variance: Literal["drop", "kl"] = "drop"
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "continuations", "epochs", "prefix_updates", "suffix_updates"):
-            need(getattr(self, name) > 0, f"method.{name} must be positive, got {getattr(self, name)}")
+        counts = ("prompts", "group", "continuations", "epochs", "prefix_updates", "suffix_updates")
+        need_counts(self, *counts, section="method.")
+        pictures, product = self.prompts * self.group * self.continuations, "prompts x group x continuations of method"
+        need(pictures <= LARGEST_COUNT, f"{product} must be at most {LARGEST_COUNT} pictures, got {pictures}")
         need(self.group > 1, f"method.group must be at least 2 to compare samples, got {self.group}")
         need(math.isfinite(self.alpha), f"method.alpha must be a finite number, got {self.alpha}")
         need(self.eta >= 0, f"method.eta must be 0 or more, got {self.eta}")
@@ -338,7 +350,7 @@ class OptimizerConfig:
             need(0 <= value < math.inf, f"optimizer.{name} must be 0 or more, and finite, got {value}")
         need(all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {self.betas}")
         need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
-        need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
+        need_counts(self, "warmup_updates", section="optimizer.", least=0, most=LARGEST_SPAN)
         refuse_idle(
             "optimizer",
             self,

@@ -12,7 +12,8 @@ from varl.sampling import Sampling
 
 __all__ = ["EvaluationConfig", "ParallelConfig", "RunConfig", "expand", "need", "need_counts", "need_seeds"]
 
-LARGEST_SEED, LARGEST_COUNT = 2**63 - 1, 10**6
+LARGEST_SEED, LARGEST_COUNT, LARGEST_SPAN = 2**63 - 1, 10**6, 10**9
+"""Of seeds; of prompts, pictures and sequences; and of numbers of updates, which may be large to mean never."""
 LONGEST_S = 1e7
 """Of a wait for other processes."""
 MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
@@ -44,15 +45,15 @@ def need_seeds(config: Any, *names: str, section: str = "") -> None:
         need(0 <= value <= LARGEST_SEED, f"{section}{name} must be from 0 to {LARGEST_SEED}, got {value}")
 
 
-def need_counts(config: Any, *names: str, section: str = "") -> None:
-    """Refuse counts of prompts or pictures beyond 1 to 1,000,000; the arguments are those of ``need_seeds``.
+def need_counts(config: Any, *names: str, section: str = "", least: int = 1, most: int = LARGEST_COUNT) -> None:
+    """Refuse counts below the least, or beyond what any run has; the other arguments are those of ``need_seeds``.
 
     Raises:
         ValueError: naming the field.
     """
     for name in names:
         value = getattr(config, name)
-        need(1 <= value <= LARGEST_COUNT, f"{section}{name} must be from 1 to {LARGEST_COUNT}, got {value}")
+        need(least <= value <= most, f"{section}{name} must be from {least} to {most}, got {value}")
 
 
 def expand(config: Any, *names: str) -> None:
@@ -98,7 +99,7 @@ class EvaluationConfig:
         need_seeds(self, "seed", "prompt_seed", section="evaluation.")
         window = self.alarm_window
         need(window == 0 or window > 1, f"evaluation.alarm_window must be 0, or at least 2, got {window}")
-        need(self.every >= 0, f"evaluation.every must be 0 or more, got {self.every}")
+        need_counts(self, "every", section="evaluation.", least=0, most=LARGEST_SPAN)
         # What would be evaluated may stay where evaluation is switched off; when, and what follows from it, may not.
         others = ("every", "alarm_window", "alarm_stops")
         refuse_idle(
@@ -188,15 +189,15 @@ class RunConfig:
         expand(self, "out")
         need_seeds(self, "seed", section="run.")
         need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
-        for name in ("updates", "micro_batch", "save_every", "keep", "failure_window"):
-            value = getattr(self, name)
-            need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
+        need_counts(self, "updates", "save_every", "keep", "failure_window", section="run.", most=LARGEST_SPAN)
+        if self.micro_batch != "auto":
+            need_counts(self, "micro_batch", section="run.")
         share = self.max_failed_share
         need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
         refuse_idle("run", self, [(share in (0, 1), f"with run.max_failed_share {share:g}", ("failure_window",))])
-        need(self.threads <= MOST_THREADS, f"run.threads must be at most {MOST_THREADS}, got {self.threads}")
-        for name in ("threads", "rollout_batch", "gallery_every", "diagnose_every"):
-            need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")
+        need_counts(self, "threads", section="run.", least=0, most=MOST_THREADS)
+        need_counts(self, "rollout_batch", section="run.", least=0)
+        need_counts(self, "gallery_every", "diagnose_every", section="run.", least=0, most=LARGEST_SPAN)
 
     @property
     def picture_batch(self) -> int:

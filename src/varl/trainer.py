@@ -386,11 +386,9 @@ class Trainer:
         """Whether the update under way is the last one of its kind in ``every`` updates."""
         if every == 0:
             return False
-        kinds = [
-            updates.kind_of_update(self.config.method, u)
-            for u in range(self.update, -(-(self.update + 1) // every) * every)
-        ]
-        return kinds[0] not in kinds[1:]
+        method, end = self.config.method, -(-(self.update + 1) // every) * every
+        later = (updates.kind_of_update(method, update) for update in range(self.update + 1, end))
+        return updates.kind_of_update(method, self.update) not in later  # looks no further than the next of its kind
 
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(self.learner.micro_batch)
