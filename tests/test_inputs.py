@@ -46,8 +46,8 @@ COUNT = "must be from 1 to 1000000, got"
 BAD = {
     "generate --seed -1": f"error: seed {SEED} -1",
     "generate --seed 9999999999999999999": f"seed {SEED} 9999999999999999999",
-    "generate --count 0": f"count {COUNT} 0",
-    "generate --count 9999999999": f"count {COUNT} 9999999999",
+    "generate --count 0": "count must be from 1 to 10000, got 0",
+    "generate --count 9999999999": "count must be from 1 to 10000, got",
     "generate --batch -2": f"batch {COUNT} -2",
     "generate --device nothing": "there is no device 'nothing'; use auto, cpu, cuda or cuda:0",
     "generate --device meta": "there is no device 'meta'",
@@ -59,6 +59,10 @@ BAD = {
     "generate --out file/a.png": "there is no folder",
     "generate --out /proc/a.png": "/proc/a.png cannot be written: No such file or directory",
     'generate --policy.config {"width":1,"width":2}': "line 1 gives width again",
+    "generate --prompt []": "prompt is an empty list; give a text or several, or leave it out",
+    "generate --out ~nobody-here/a.png": "out is ~nobody-here/a.png, but there is no user nobody-here",
+    "generate --policy.weights ~nobody-here/a": "policy.weights is ~nobody-here/a, but there is no user nobody-here",
+    "generate --source ~nobody-here/a.txt": "no prompt file ~nobody-here/a.txt",
     "evaluate --seed -1": f"seed {SEED} -1",
     "evaluate --prompt_seed -1": f"prompt_seed {SEED} -1",
     "evaluate --count -1": f"count {COUNT} -1",
@@ -71,10 +75,14 @@ BAD = {
     "probe --continuations 0": f"continuations {COUNT} 0",
     "probe --count 1": "a probe needs at least 2 prompts, got 1",
     "probe --out file": "out must be a folder, but file is a file",
+    "probe --out file/x": "out must be a folder, but file/x cannot be made: Not a directory",
+    "probe --out /proc/x": "out must be a folder, but /proc/x cannot be made: No such file or directory",
     "doctor --device cuda:x": "there is no device 'cuda:x'",
     "pretrain --seed -1": f"seed {SEED} -1",
     "pretrain --device nothing": "there is no device 'nothing'",
     "pretrain --out file": "out must be a folder, but file is a file",
+    "pretrain --out file/x": "out must be a folder, but file/x cannot be made: Not a directory",
+    "pretrain --out /proc/x": "out must be a folder, but /proc/x cannot be made: No such file or directory",
     "pretrain --model.grids [1,2,3,6,24]": "model.fine asks for 16 components, but pictures of grids [1, 2, 3, 6, 24] "
     "have 12 numbers a patch: at most 12",
     "pretrain --model.coarse 999": "model.coarse asks for 999 components",
@@ -113,6 +121,16 @@ def test_bad_settings(folder: Path, capsys: pytest.CaptureFixture[str], line: st
     before = sorted(folder.rglob("*"))
     assert BAD[line] in said(capsys, *line.split())
     assert [path for path in sorted(folder.rglob("*")) if path.name not in ("runs", "probe")] == before
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+@pytest.mark.parametrize("config", [RunConfig, PretrainConfig, commands.ProbeConfig, commands.EvaluateConfig])
+def test_what_is_no_path(config: type, path: str) -> None:
+    with pytest.raises(ValueError, match=r"^(run\.)?out must be a path, got '"):
+        config(out=path)
+    for weights in (path, {"model": path}):
+        with pytest.raises(ValueError, match=r"^policy\.weights(\.model)? must be a path, got '"):
+            PolicyConfig(weights=weights)
 
 
 @pytest.fixture
@@ -351,4 +369,4 @@ def test_home_of_reward_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_home() -> None:
     assert PolicyConfig(weights="random").weights == "random"
     assert PolicyConfig().weights is None
-    assert RunConfig(out=Path("~nobody-of-that-name/x")).out == Path("~nobody-of-that-name/x")
+    assert RunConfig(out=Path("./a~b")).out == Path("a~b")

@@ -101,7 +101,7 @@ class PolicyConfig:
     adapters: str | None = None
 
     def __post_init__(self) -> None:
-        expand(self, "weights", "adapters")
+        expand(self, "weights", "adapters", section="policy.")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from varl.probe import probe as probe_policy
 from varl.prompts import check_prompts, quoted_words, resolve_prompts
 from varl.rewards import check_reward, load_reward
 from varl.rollout import rollout, row_generators
-from varl.run.files import check_writable, writing
+from varl.run.files import check_writable, make_folder, writing
 from varl.run.gallery import save_pictures
 from varl.run_config import expand, need, need_counts, need_seeds
 from varl.sampling import Sampling
@@ -31,6 +31,8 @@ from varl.schedule import ScaleSchedule
 __all__ = ["DoctorConfig", "EvaluateConfig", "GenerateConfig", "ProbeConfig", "doctor", "evaluate", "generate", "probe"]
 
 SHIPPED_SAMPLING = Sampling()
+MOST_PICTURES = 10_000
+"""On one sheet."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class GenerateConfig:
 
     Attributes:
         prompt: a prompt as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom", or a list of them; instead
-            of a source.
+            of a source; by default the source's.
         source: a prompt file; ``inkling:held-out``; or ``labels:0-999``, classes.
         count: how many prompts of the source to generate or take.
         batch: pictures drawn at once.
@@ -50,7 +52,7 @@ class GenerateConfig:
         device: ``cpu``, ``cuda`` or ``auto``.
     """
 
-    prompt: list[str] | str = field(default_factory=list)
+    prompt: list[str] | str | None = None
     source: str = "inkling:held-out"
     count: int = 16
     batch: int = 32
@@ -62,8 +64,12 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         expand(self, "out")
-        need_counts(self, "count", "batch")
+        need_counts(self, "count", most=MOST_PICTURES)
+        need_counts(self, "batch")
         need_seeds(self, "seed")
+        need(self.prompt != [], "prompt is an empty list; give a text or several, or leave it out for those of source")
+        number = len(self.prompt) if isinstance(self.prompt, list) else 1
+        need(number <= MOST_PICTURES, f"prompt must be {MOST_PICTURES} texts at most, for one sheet; got {number}")
         fine = self.out.suffix.lower() == ".png" or self.out.is_dir()  # of a folder, check_writable says what it is
         need(fine, f"out must end in .png, for it is a PNG picture; got {self.out}")
 
@@ -81,7 +87,7 @@ def _load(config: PolicyConfig, device: str) -> tuple[Policy, ScaleSchedule, tor
 def generate(config: GenerateConfig) -> None:
     """Draw pictures for prompts and save them as one sheet."""
     with checking():
-        texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+        texts = [config.prompt] if isinstance(config.prompt, str) else config.prompt or []
         prompts = [Prompt(text, quoted_words(text)) for text in texts]
         check_writable(config.out)
         prompts = prompts or resolve_prompts(config.source, count=config.count)[: config.count]
@@ -205,8 +211,7 @@ def probe(config: ProbeConfig) -> None:
     """
     table, figure = config.out / "probe.json", config.out / "probe.png"
     with checking():
-        need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out)
         check_writable(table)
         check_writable(figure)
         prompts = resolve_prompts(config.source, count=config.count)[: config.count]

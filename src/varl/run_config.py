@@ -56,15 +56,32 @@ def need_counts(config: Any, *names: str, section: str = "", least: int = 1, mos
         need(least <= value <= most, f"{section}{name} must be from {least} to {most}, got {value}")
 
 
-def expand(config: Any, *names: str) -> None:
-    """Set fields of a frozen configuration that are paths, or mappings of them, to those that ``~`` stands for."""
+def expand(config: Any, *names: str, section: str = "") -> None:
+    """Set fields of a frozen configuration that are paths, or mappings of them, to those that ``~`` stands for.
+
+    Raises:
+        ValueError: naming the field, if it is empty, has a character that no path can have, or names the home of nobody.
+    """
     for name in names:
         value = getattr(config, name)
         if isinstance(value, dict):
-            value = {key: os.path.expanduser(path) if isinstance(path, str) else path for key, path in value.items()}
-        elif isinstance(value, str | Path):
-            value = type(value)(os.path.expanduser(value))
-        object.__setattr__(config, name, value)
+            value = {key: _expanded(f"{section}{name}.{key}", path) for key, path in value.items()}
+        object.__setattr__(config, name, value if isinstance(value, dict) else _expanded(f"{section}{name}", value))
+
+
+def _expanded(name: str, path: Any) -> Any:
+    """A path without ``~``; what is no path (None, a state dict) as it is."""
+    if not isinstance(path, str | Path):
+        return path
+    try:
+        usable = "\0" not in str(path) and bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        usable = False
+    need(usable, f"{name} must be a path, got {str(path)!r:.200}")
+    found = os.path.expanduser(path)
+    user = found.split("/")[0].removeprefix("~")
+    need(not found.startswith("~"), f"{name} is {path}, but there is no user {user}; for a folder of that name, ./{path}")
+    return type(path)(found)
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,7 @@ class RunConfig:
     diagnose_every: int = 20
 
     def __post_init__(self) -> None:
-        expand(self, "out")
+        expand(self, "out", section="run.")
         need_seeds(self, "seed", section="run.")
         need(0 <= self.ema < 1, f"run.ema must be 0 or more, and less than 1, got {self.ema}")
         need_counts(self, "updates", "save_every", "keep", "failure_window", section="run.", most=LARGEST_SPAN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         ValueError: if the file has another ending, is not UTF-8, holds no prompt, or a line or entry is not of its
             format, gives a key twice, or is longer than a prompt can be; the message names it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
     ending = path.suffix.lower()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "check_writable", "free_name", "replacing", "set_aside", "sync", "writing"]
+__all__ = ["FolderLock", "beside", "check_writable", "free_name", "make_folder", "replacing", "set_aside", "sync", "writing"]
 
 RESUMED = "what was written before is whole, and once there is room the same command goes on from the last checkpoint"
 
@@ -77,6 +77,24 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(path: Path, name: str = "out") -> None:
+    """Make a folder that is to hold results, if it is not there.
+
+    Args:
+        name: of the setting that names it, for messages.
+
+    Raises:
+        ValueError: if it is a file, or cannot be made; the message names it and the reason.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{name} must be a folder, but {path} is a file")
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{name} must be a folder, but {path} cannot be made: {reason}") from error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from varl.models.inkling.policy import Inkling, InklingConfig
 from varl.models.inkling.text import PICTURE, make_prompt, random_regions
 from varl.models.inkling.tokenizer import code_bounds
 from varl.policy import Prompt
-from varl.run.files import writing
+from varl.run.files import make_folder, writing
 from varl.run_config import expand, need, need_counts, need_seeds
 
 __all__ = ["FINISHED", "PretrainConfig", "StageConfig", "check_folder", "pretrain", "sample_batch"]
@@ -198,8 +198,7 @@ def check_folder(config: PretrainConfig) -> dict[str, Any] | None:
             finished weights, which a new run would overwrite.
     """
     path, finished = config.out / CHECKPOINT, config.out / FINISHED
-    need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     if not path.exists():
         need(
             not finished.exists(),
