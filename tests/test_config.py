@@ -84,7 +84,7 @@ def test_impossible_values(config: type, options: dict[str, float]) -> None:
 
 def test_an_update_of_too_many_pictures() -> None:
     assert MethodConfig(prompts=10, group=10**4, continuations=10).group == 10**4
-    with pytest.raises(ValueError, match=r"group x continuations of method must be at most 1000000 pictures, got 4000000"):
+    with pytest.raises(ValueError, match=r"continuations of method must be at most 1000000 pictures, got 4000000"):
         MethodConfig(prompts=4, group=10**5, continuations=10)
 
 

@@ -60,7 +60,7 @@ def expand(config: Any, *names: str, section: str = "") -> None:
     """Set fields of a frozen configuration that are paths, or mappings of them, to those that ``~`` stands for.
 
     Raises:
-        ValueError: naming the field, if it is empty, has a character that no path can have, or names the home of nobody.
+        ValueError: naming the field, if it is empty, has a character that no path has, or names the home of nobody.
     """
     for name in names:
         value = getattr(config, name)
@@ -80,7 +80,7 @@ def _expanded(name: str, path: Any) -> Any:
     need(usable, f"{name} must be a path, got {str(path)!r:.200}")
     found = os.path.expanduser(path)
     user = found.split("/")[0].removeprefix("~")
-    need(not found.startswith("~"), f"{name} is {path}, but there is no user {user}; for a folder of that name, ./{path}")
+    need(not found.startswith("~"), f"{name} is {path}, but there is no user {user}; a folder of that name is ./{path}")
     return type(path)(found)
 
 

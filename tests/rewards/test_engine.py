@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from varl.rewards.engine import Line, OcrConfig, OcrEngine, Unread, _decode, in_reading_order
+from varl.policy import Prompt
+from varl.rewards.engine import Line, OcrConfig, OcrEngine, Unread, _decode, _model_files, in_reading_order
+from varl.rewards.ocr import OcrReward
+from varl.rewards.worker import OcrWorker
 
 from .rendering import Picture, draw, draw_many, font, stack
 
@@ -193,6 +197,17 @@ def test_engine_pickles_and_describes_itself(engine):
 def test_a_missing_model_is_named():
     with pytest.raises(FileNotFoundError, match=r"/nowhere/det\.onnx"):
         OcrEngine(OcrConfig(det_model="/nowhere/det.onnx"))
+
+
+@pytest.mark.parametrize("name", ["det_model", "rec_model"])
+def test_a_model_that_is_none_is_named_before_the_run(tmp_path, name):
+    text = tmp_path / "model.onnx"
+    text.write_text("no model")
+    others = dict(zip(("rec_model", "det_model"), map(str, _model_files(OcrConfig())), strict=True))
+    for path, reason in ((str(text), "is no ONNX model: "), (others[name], "is a model of another kind: its output")):
+        for reader in (OcrEngine, OcrWorker):
+            with pytest.raises(ValueError, match=rf"^{re.escape(path)} {reason}"):
+                OcrReward(reader(OcrConfig(**{name: path}))).check([Prompt(words=("KEBA",))])
 
 
 @pytest.mark.parametrize(

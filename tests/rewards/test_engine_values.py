@@ -18,6 +18,7 @@ from varl.rewards.engine import (
     find_cores,
     to_pixels,
 )
+from varl.run_config import MOST_THREADS
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
@@ -32,9 +33,14 @@ GOOD: list[dict[str, Any]] = [
     {"small_squeeze": 1.0},
 ]
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"threads": 0}, "threads must be at least 1, got 0"),
-    ({"det_min_side": 0}, "need 1 <= det_min_side <= det_side_limit, got 0 and 960"),
-    ({"det_min_side": 65, "det_side_limit": 64}, "need 1 <= det_min_side <= det_side_limit, got 65 and 64"),
+    ({"threads": 0}, f"threads must be from 1 to {MOST_THREADS}, got 0"),
+    ({"threads": 10**8}, f"threads must be from 1 to {MOST_THREADS}, got 100000000"),
+    ({"polygon_unclip": 1e300}, "polygon_unclip and crop_unclip must be from 0 to 10, got 1e+300 and 1.0"),
+    ({"crop_unclip": float("nan")}, "polygon_unclip and crop_unclip must be from 0 to 10, got 0.6 and nan"),
+    ({"crop_unclip": -0.1}, "polygon_unclip and crop_unclip must be from 0 to 10, got 0.6 and -0.1"),
+    ({"det_side_limit": 10**9}, "need 1 <= det_min_side <= det_side_limit <= 16384, got 64 and 1000000000"),
+    ({"det_min_side": 0}, "need 1 <= det_min_side <= det_side_limit <= 16384, got 0 and 960"),
+    ({"det_min_side": 65, "det_side_limit": 64}, "need 1 <= det_min_side <= det_side_limit <= 16384, got 65 and 64"),
     ({"det_thresh": 0.0}, "thresholds lie in (0, 1), got 0.0 and 0.5"),
     ({"det_thresh": 1.0}, "thresholds lie in (0, 1), got 1.0 and 0.5"),
     ({"box_thresh": -0.01}, "thresholds lie in (0, 1), got 0.3 and -0.01"),

@@ -317,6 +317,11 @@ def test_options_that_come_as_text_are_what_their_parameters_are(faulty):
         ({"name": "ocr", "engine": "large"}, "reward 'ocr': engine is a mapping"),
         ({"name": "ocr", "timeout_s": "soon"}, "reward 'ocr': options: timeout_s must be"),
         ({"name": "ocr", "fold": "perhaps"}, "reward 'ocr': options: fold must be bool"),
+        ({"name": "ocr", "timeout_s": float("nan")}, "reward 'ocr': time limits must be positive"),
+        ({"name": "ocr", "eps": float("nan")}, "reward 'ocr': eps must be from 0 to 1, got nan"),
+        ({"name": "ocr", "eps": -1}, "reward 'ocr': eps must be from 0 to 1, got -1.0"),
+        ({"name": "ocr", 5: 6}, "reward 'ocr': options go by names, got 5"),
+        ({"name": "faulty_rewards:later", 5: 6}, "reward 'faulty_rewards:later': options go by names, got 5"),
         ({"name": "ocr", "confusables": "0o"}, "reward 'ocr': confusables is a mapping"),
     ],
 )

@@ -122,11 +122,15 @@ def test_a_seat_that_did_start_costs_what_is_left_over() -> None:
     assert seated(Seat(third)).read(pictures(5, 6, 7, 8)) == [[5], [6], lost, lost]
 
 
-@pytest.mark.parametrize("given", [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, -1.0)])
+@pytest.mark.parametrize(
+    "given",
+    [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, -1.0), (float("nan"), 1.0), (1.0, float("inf")), (2.1e6, 1.0)],
+)
 def test_limits_that_are_none(given: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="positive") as raised:
         OcrWorker(timeout_s=given[0], start_timeout_s=given[1])
-    assert str(raised.value) == f"time limits must be positive, got {given[0]} and {given[1]}"
+    right = "positive, and at most 2e+06 seconds"
+    assert str(raised.value) == f"time limits must be {right}, got {given[0]} and {given[1]}"
 
 
 def test_a_worker_is_made_as_it_was_asked() -> None:

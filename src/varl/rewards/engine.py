@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 from varl.rewards.base import Polygon
+from varl.run_config import MOST_THREADS
 
 __all__ = ["Line", "OcrConfig", "OcrEngine", "Reading", "TextReader", "Unread", "to_pixels"]
 
 _STRIDE = 32  # the detector's input sides are multiples of this
 _HEIGHT = 48  # the recogniser's input height
 _COLUMN = 8  # pixels of the recogniser's input a step of its output covers
+_MOST_SIDE, _MOST_UNCLIP = 16384, 10  # pixels; and detectors are trained for 1.5 to 2
 _WIDTHS = (48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 480, 640, 960, 1280, 1920)
 
 
@@ -76,12 +78,14 @@ class OcrConfig:
     rec_model: str | None = None
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if not 1 <= self.det_min_side <= self.det_side_limit:
-            raise ValueError(
-                f"need 1 <= det_min_side <= det_side_limit, got {self.det_min_side} and {self.det_side_limit}"
-            )
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {self.threads}")
+        if not 1 <= self.det_min_side <= self.det_side_limit <= _MOST_SIDE:
+            got = f"{self.det_min_side} and {self.det_side_limit}"
+            raise ValueError(f"need 1 <= det_min_side <= det_side_limit <= {_MOST_SIDE}, got {got}")
+        if not all(0 <= by <= _MOST_UNCLIP for by in (self.polygon_unclip, self.crop_unclip)):
+            got = f"{self.polygon_unclip} and {self.crop_unclip}"
+            raise ValueError(f"polygon_unclip and crop_unclip must be from 0 to {_MOST_UNCLIP}, got {got}")
         if not 0 < self.det_thresh < 1 or not 0 <= self.box_thresh < 1:
             raise ValueError(f"thresholds lie in (0, 1), got {self.det_thresh} and {self.box_thresh}")
         if not 0 < self.small_squeeze <= 1:
@@ -112,8 +116,7 @@ class Unread:
 
 
 Reading = list[Line] | Unread
-"""What was read in a picture: its lines from top to bottom (none if it holds no text), or why it was not
-read."""
+"""What was read in a picture: its lines from top to bottom (none if it holds no text), or why it was not read."""
 
 
 class TextReader(Protocol):
@@ -125,8 +128,7 @@ class TextReader(Protocol):
 
 
 def to_pixels(images: Tensor) -> list[np.ndarray | Unread]:
-    """[B, 3, H, W] in [0, 1] to B pictures uint8 [H, W, 3] (RGB); ``Unread`` where a picture has a non-finite
-    value.
+    """[B, 3, H, W] in [0, 1] to B pictures uint8 [H, W, 3] (RGB); ``Unread`` where one has a non-finite value.
 
     Raises:
         ValueError: if ``images`` has another shape.
@@ -223,18 +225,12 @@ class OcrEngine:
     def _load(self) -> tuple[Any, Any, list[str]]:
         with self._lock:
             if self._models is None:
-                import onnxruntime
-
-                options = onnxruntime.SessionOptions()
-                options.intra_op_num_threads = options.inter_op_num_threads = 1
-                options.log_severity_level = 4
-                detector, recogniser = (
-                    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-                    for path in _model_files(self.config)
-                )
+                det, rec = _model_files(self.config)
+                # A map [batch, 1, H, W], and probabilities [batch, steps, characters].
+                detector, recogniser = _session(det, 4), _session(rec, 3)
                 alphabet = recogniser.get_modelmeta().custom_metadata_map.get("character", "").splitlines()
                 if not alphabet:
-                    raise ValueError(f"{_model_files(self.config)[1]} names no characters in its metadata")
+                    raise ValueError(f"{rec} names no characters in its metadata")
                 self._models = detector, recogniser, ["", *alphabet, " "]
             return self._models
 
@@ -273,6 +269,23 @@ def _model_files(config: OcrConfig) -> tuple[Path, Path]:
             raise FileNotFoundError(f"no {kind} model: {path or 'none in the package rapidocr'}")
         found.append(path)
     return found[0], found[1]
+
+
+def _session(path: Path, sides: int) -> Any:
+    """A model whose output has so many sides, ready to run; a ValueError names the file where it is none."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = len(session.get_outputs()[0].shape)
+    except Exception as error:  # onnxruntime's own, of a dozen kinds
+        raise ValueError(f"{path} is no ONNX model: {' '.join(str(error).split())[:200]}") from error
+    if found != sides:
+        raise ValueError(f"{path} is a model of another kind: its output has {found} sides, not {sides}")
+    return session
 
 
 def _normalise(bgr: np.ndarray) -> np.ndarray:

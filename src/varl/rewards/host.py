@@ -20,6 +20,8 @@ __all__ = ["Host", "NotStarted"]
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Any], Any]
+LONGEST_S = 2e6
+"""Of a time limit: waiting on a pipe counts milliseconds, in 31 bits."""
 
 
 @dataclass(frozen=True)

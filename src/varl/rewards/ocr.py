@@ -237,6 +237,8 @@ class OcrReward:
         if confusables is not None and not isinstance(confusables, Mapping):
             raise ValueError(f'confusables is a mapping of characters, e.g. {{"0": "o"}}, got {confusables!r}')
         plain = fill(_Plain, {"timeout_s": timeout_s, "eps": eps, "fold": fold}, "options")
+        if not 0 <= plain.eps <= 1:
+            raise ValueError(f"eps must be from 0 to 1, got {plain.eps}")
         self.regions, self.fold = regions, plain.fold
         self.options: dict[str, Any] = {
             "bag": bag,

@@ -16,7 +16,7 @@ from torch import Tensor
 from varl.policy import Prompt
 from varl.rewards.base import RewardOutput
 from varl.rewards.guard import Told
-from varl.rewards.host import Host, NotStarted
+from varl.rewards.host import LONGEST_S, Host, NotStarted
 from varl.rewards.python import import_callable
 
 __all__ = ["ProcessCall"]
@@ -38,8 +38,9 @@ class ProcessCall:
     """
 
     def __init__(self, spec: str, options: Mapping[str, Any], timeout_s: float | None = None) -> None:
-        if timeout_s is not None and not 0 < timeout_s < 1e9:
-            raise ValueError(f"reward {spec!r}: timeout_s must be positive, got {timeout_s}")
+        if timeout_s is not None and not 0 < timeout_s <= LONGEST_S:
+            right = f"positive, and at most {LONGEST_S:g} seconds"
+            raise ValueError(f"reward {spec!r}: timeout_s must be {right}, got {timeout_s}")
         make = partial(_Answers, spec, dict(options), os.getcwd(), torch.get_num_threads())
         self._host = Host(make, f"process of reward {spec!r}", "a call", timeout_s)
         Finalize(self, self._host.close, (2.0,), exitpriority=10)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from varl.rewards.engine import Line, OcrConfig, OcrEngine, Reading, Unread, to_pixels
 from varl.rewards.guard import Told
-from varl.rewards.host import Host, NotStarted
+from varl.rewards.host import LONGEST_S, Host, NotStarted
 
 __all__ = ["OcrWorker", "PictureReader"]
 
@@ -60,8 +60,9 @@ class OcrWorker:
         start_timeout_s: float = 120.0,
         make_reader: Callable[[], PictureReader] | None = None,
     ) -> None:
-        if timeout_s <= 0 or start_timeout_s <= 0:
-            raise ValueError(f"time limits must be positive, got {timeout_s} and {start_timeout_s}")
+        if not all(0 < limit <= LONGEST_S for limit in (timeout_s, start_timeout_s)):
+            limits = f"{timeout_s} and {start_timeout_s}"
+            raise ValueError(f"time limits must be positive, and at most {LONGEST_S:g} seconds, got {limits}")
         self.config = config or OcrConfig()
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.crashes = self.timeouts = 0

@@ -17,7 +17,17 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "check_writable", "free_name", "make_folder", "replacing", "set_aside", "sync", "writing"]
+__all__ = [
+    "FolderLock",
+    "beside",
+    "check_writable",
+    "free_name",
+    "make_folder",
+    "replacing",
+    "set_aside",
+    "sync",
+    "writing",
+]
 
 RESUMED = "what was written before is whole, and once there is room the same command goes on from the last checkpoint"
 
