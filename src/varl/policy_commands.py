@@ -24,7 +24,7 @@ from varl.rewards import check_reward, load_reward
 from varl.rollout import rollout, row_generators
 from varl.run.files import check_writable, make_folder, writing
 from varl.run.gallery import save_pictures
-from varl.run_config import expand, need, need_counts, need_seeds
+from varl.run_config import LARGEST_COUNT, expand, need, need_counts, need_seeds
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 
@@ -200,6 +200,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         expand(self, "out")
         need_counts(self, "count", "prefixes", "continuations", "batch")
+        pictures = self.prefixes * self.continuations
+        need(pictures <= LARGEST_COUNT, f"prefixes x continuations must be at most {LARGEST_COUNT}, got {pictures}")
         need_seeds(self, "seed")
 
 

@@ -26,7 +26,7 @@ from varl.models.inkling.text import PICTURE, make_prompt, random_regions
 from varl.models.inkling.tokenizer import code_bounds
 from varl.policy import Prompt
 from varl.run.files import make_folder, writing
-from varl.run_config import expand, need, need_counts, need_seeds
+from varl.run_config import LARGEST_SPAN, expand, need, need_counts, need_seeds
 
 __all__ = ["FINISHED", "PretrainConfig", "StageConfig", "check_folder", "pretrain", "sample_batch"]
 
@@ -56,7 +56,8 @@ class StageConfig:
         need_counts(self, "batch")
         for name, least in (("steps", 0), ("warmup", 1), ("horizon", 1)):
             value = getattr(self, name)
-            need(value is None or value >= least, f"{name} of a stage must be {least} or more, got {value}")
+            fine = value is None or least <= value <= LARGEST_SPAN
+            need(fine, f"{name} of a stage must be from {least} to {LARGEST_SPAN}, got {value}")
         rate = self.learning_rate
         need(0 < rate < math.inf, f"learning_rate of a stage must be positive and finite, got {rate}")
 
@@ -91,7 +92,7 @@ class PretrainConfig:
         expand(self, "out")
         need_seeds(self, "seed")
         need(0 <= self.drop_condition <= 1, f"drop_condition must be a share from 0 to 1, got {self.drop_condition}")
-        need(self.last_grid_every >= 1, f"last_grid_every must be 1 or more, got {self.last_grid_every}")
+        need_counts(self, "last_grid_every", most=LARGEST_SPAN)
         need(0 <= self.save_every < math.inf, f"save_every must be 0 or more seconds, got {self.save_every}")
         self._check_fit()
 
