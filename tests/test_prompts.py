@@ -1,5 +1,6 @@
 """Prompt files, the stream, region counts and generated prompts."""
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -259,3 +260,9 @@ def test_labels() -> None:
     for wrong in ("6-3", "5", "a-b", ""):
         with pytest.raises(ValueError, match="first-last"):
             resolve_prompts(f"labels:{wrong}")
+
+
+@pytest.mark.parametrize(("held_out", "digest"), [(False, "1ba7cc6954dd6f35"), (True, "709b92d07d00e6a1")])
+def test_a_seed_gives_the_prompts_that_it_always_gave(held_out, digest):
+    texts = "\n".join(prompt.text for prompt in inkling_prompts(300, 3, held_out))
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == digest

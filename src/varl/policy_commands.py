@@ -43,7 +43,7 @@ class GenerateConfig:
         prompt: a prompt as written, e.g. "the words 'KEBA' at the top, 'LUX' at the bottom", or a list of them; instead
             of a source; by default the source's.
         source: a prompt file; ``inkling:held-out``; or ``labels:0-999``, classes.
-        count: how many prompts of the source to generate or take.
+        count: how many prompts of the source to generate or take; at most 10,000, for one sheet.
         batch: pictures drawn at once.
         out: the picture to write: one sheet of all samples.
         policy: the model.

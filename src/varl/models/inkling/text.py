@@ -54,7 +54,8 @@ def is_held_out(word: str) -> bool:
 def _random_word(rng: np.random.Generator, held_out: bool) -> str:
     while True:
         shape = _SHAPES[rng.integers(len(_SHAPES))]
-        word = "".join(str(rng.choice(list(_VOWELS if kind == "V" else _CONSONANTS))) for kind in shape)
+        letters = (_VOWELS if kind == "V" else _CONSONANTS for kind in shape)
+        word = "".join(several[rng.integers(len(several))] for several in letters)
         if is_held_out(word) == held_out:
             return word
 
