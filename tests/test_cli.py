@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,28 @@ def test_pictures_need_a_tokenizer(tmp_path: Path) -> None:
     config = PolicyConfig("infinity", {"transformer": "random"}, json.loads(json.dumps(SMALL)))
     with pytest.raises(ValueError, match="infinity draws no pictures without its tokenizer"):
         prepare(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "said"),
+    [
+        (lambda: 3, 3, ""),
+        (lambda: sys.exit("bad"), "bad", ""),
+        (lambda: print("ä → b") or 0, 0, ""),
+        (lambda: [][1], 1, "IndexError"),
+        (lambda: Path("/dev/full").write_text("a"), 1, "stopped: the output cannot be written: No"),
+    ],
+)
+def test_the_process_ends_with_the_code_of_its_command(
+    ended: Callable[[], Any], status: Any, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Signs that the terminal's encoding lacks are spelled out."""
+    out, statuses = io.BytesIO(), list[Any]()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "latin-1"))
+    monkeypatch.setattr(cli, "main", ended)
+    monkeypatch.setattr(cli, "end", statuses.append)
+    cli.run()
+    assert statuses == [status]
+    assert out.getvalue() == (b"\xe4 \\u2192 b\n" if status == 0 else b"")
+    error = capfd.readouterr().err
+    assert said in error if said else not error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -233,11 +234,17 @@ def run() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # where a name or a bar is not in the terminal's encoding
     try:
         status: object = main()
+        print(end="", flush=True)
     except SystemExit as stop:
         status = stop.code
-    except BaseException:
-        sys.excepthook(*cast(Any, sys.exc_info()))
+    except BaseException as error:
         status = 1
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # files raise a RunError
+            if error.errno != errno.EPIPE:  # which is no fault: "varl | head -1"
+                _say("stopped:", f"the output cannot be written: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        else:
+            sys.excepthook(*cast(Any, sys.exc_info()))
     end(status)
 
 

@@ -110,7 +110,8 @@ def _end_despite_all(code: int) -> None:
     left = ", ".join(_left())
     for child in multiprocessing.active_children():
         child.kill()  # or whoever reads the output of this process would wait for it
-    os.write(2, f"ended after {LEFT_S:g} s without waiting longer for {left}\n".encode())  # no stream: one may hang
+    # Not to a stream, which may be what hangs.
+    os.write(2, f"still running {LEFT_S:g} s after the end, and not waited for any longer: {left}\n".encode())
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             stream.flush()
