@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -22,7 +23,6 @@ from varl.loading import prepare
 from varl.policy import Condition, Policy
 from varl.prompts import check_prompts
 
-FULL = Path("/dev/full")
 SAMPLING = {"guidance": 1.5, "top_k": 20, "top_p": 0.9}
 
 
@@ -164,6 +164,10 @@ def test_pictures_need_a_tokenizer(tmp_path: Path) -> None:
         prepare(config, torch.device("cpu"))
 
 
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
     ("ended", "status", "said"),
     [
@@ -171,7 +175,7 @@ def test_pictures_need_a_tokenizer(tmp_path: Path) -> None:
         (lambda: sys.exit("bad"), "bad", ""),
         (lambda: print("ä → b") or 0, 0, ""),
         (lambda: [][1], 1, "IndexError"),
-        (lambda: FULL.write_text("a"), 1, "stopped: the output cannot be written: No space left on device"),
+        (full, 1, "stopped: the output cannot be written: No space left on device"),
     ],
 )
 def test_the_process_ends_with_the_code_of_its_command(
