@@ -114,6 +114,11 @@ def tracer(*_: Any) -> None:
 
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "kernels": (lambda: torch.backends.mkldnn.enabled, lambda: setattr(torch.backends.mkldnn, "enabled", False)),
+    "precision": (lambda: torch.backends.fp32_precision, lambda: setattr(torch.backends, "fp32_precision", "tf32")),
+    "precision of convolutions": (
+        lambda: torch.backends.mkldnn.conv.fp32_precision,
+        lambda: setattr(torch.backends.mkldnn.conv, "fp32_precision", "bf16"),
+    ),
     "attention": (torch.backends.cuda.math_sdp_enabled, lambda: torch.backends.cuda.enable_math_sdp(False)),
     "warnings": (lambda: list(warnings.filters), lambda: warnings.simplefilter("error")),
     "logging": (lambda: logging.getLogger("varl").isEnabledFor(50), lambda: logging.disable(50)),

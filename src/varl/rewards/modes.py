@@ -31,9 +31,15 @@ _DEVICES = ("cpu", "cuda")
 _SIGNALS = [number for number in signal.valid_signals() if isinstance(number, signal.Signals)]
 _TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF") if hasattr(signal, name)]
 _DUMP_LATER = faulthandler.dump_traceback_later
+_PRECISIONS = [
+    torch.backends,
+    *(backend for name in ("conv", "rnn", "matmul") if (backend := getattr(torch.backends.mkldnn, name, None))),
+    *(backend for name in ("conv", "rnn") if (backend := getattr(torch.backends.cudnn, name, None))),
+]
 _TORCH_FLAGS = {
     torch.backends.cudnn: ("enabled", "benchmark", "deterministic", "allow_tf32"),
     torch.backends.mkldnn: ("enabled", "deterministic"),
+    **dict.fromkeys(_PRECISIONS, ("fp32_precision",)),
     torch_module: ("_global_is_full_backward_hook",),
     torch_device: ("CURRENT_DEVICE",),
 }
