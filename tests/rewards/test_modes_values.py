@@ -6,6 +6,7 @@ import faulthandler
 import io
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -151,6 +152,15 @@ def test_a_setting_of_the_process_is_put_back(name: str) -> None:
         inside = get()
     assert inside != before
     assert get() == before
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS])
+def test_a_limit_is_put_back(limit: int) -> None:
+    before = resource.getrlimit(limit)
+    with undisturbed():
+        resource.setrlimit(limit, (2**45, before[1]))
+        assert resource.getrlimit(limit) != before
+    assert resource.getrlimit(limit) == before
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -43,8 +43,8 @@ def undisturbed() -> Iterator[None]:
     These are torch's modes (gradients, inference, autocast, default type and device, threads, determinism, anomalies,
     precision of products, kernels, modes of functions, dispatch and transforms, hooks of all modules and of saved
     tensors), numpy's handling of errors, filters of warnings, the working directory, the umask, the locale, the
-    standard streams, signal handlers and masks, timers, tracing and the garbage collector. Not the random generators:
-    rewards may draw from them.
+    standard streams, signal handlers and masks, timers, limits of time and size, tracing and the garbage collector. Not
+    the random generators: rewards may draw from them.
     ``os._exit`` raises a ``SystemExit`` inside, for there is no other way to survive it; under a name that was bound
     before (``from os import _exit``) it does end the process.
     """

@@ -8,6 +8,7 @@ import io
 import locale
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ __all__ = ["settings", "torch_settings"]
 _DEVICES = ("cpu", "cuda")
 _SIGNALS = [number for number in signal.valid_signals() if isinstance(number, signal.Signals)]
 _TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF") if hasattr(signal, name)]
+_LIMITS = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS)
 _DUMP_LATER = faulthandler.dump_traceback_later
 _PRECISIONS = [
     torch.backends,
@@ -64,7 +66,7 @@ def _putting_back(get: Callable[[], Any], put: Callable[[Any], object]) -> Calla
         with suppress(RuntimeError):  # torch refuses to say its precision once it was set in two ways
             if get() == before:
                 return
-        with suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError, ValueError):
             put(before)
 
     return back
@@ -183,6 +185,8 @@ def settings() -> Iterator[Callable[[], None]]:
         yield _putting_back(_handlers, _set_handlers)
     if hasattr(signal, "setitimer"):
         yield _putting_back(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask)
+    for limit in _LIMITS:
+        yield _putting_back(partial(resource.getrlimit, limit), partial(resource.setrlimit, limit))
     for timer in _TIMERS:
         yield _no_alarm_left(timer)
     yield _no_dump_left()
