@@ -195,3 +195,13 @@ def test_only_an_end_of_the_process_that_was_asked_for_inside_is_cancelled(
             faulthandler.dump_traceback_later(2 * PATIENCE, exit=True, file=sys.__stderr__)
     assert len(calls) == asked
     assert faulthandler.dump_traceback_later is own
+
+
+def test_what_user_code_silences_stays_silent() -> None:
+    """Many a module of a reward does so when it is imported, and means it."""
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        with undisturbed():
+            warnings.filterwarnings("ignore", message="noise")
+            warnings.filterwarnings("error", message="else")
+        assert [one[0] for one in warnings.filters] == ["ignore"]

@@ -171,7 +171,7 @@ def settings() -> Iterator[Callable[[], None]]:
     The last ones are to be called first: what is traced may fail at any line.
     """
     yield _putting_back(np.geterr, lambda ways: np.seterr(**ways))
-    yield _putting_back(lambda: list(warnings.filters), _set_filters)
+    yield partial(_no_new_errors, list(warnings.filters))
     yield _putting_back(lambda: logging.root.manager.disable, logging.disable)
     yield _putting_back(_folder, _go_to)
     yield _putting_back(_umask, os.umask)
@@ -196,9 +196,12 @@ def settings() -> Iterator[Callable[[], None]]:
         yield _putting_back(of.getprofile, of.setprofile)
 
 
-def _set_filters(filters: list[Any]) -> None:
-    warnings.resetwarnings()
-    warnings.filters[:] = filters  # type: ignore[index]
+def _no_new_errors(before: Sequence[Any]) -> None:
+    """Warnings that were made errors would stop the run; what user code silences stays silent."""
+    left = [one for one in warnings.filters if one[0] != "error" or one in before]
+    if len(left) < len(warnings.filters):
+        warnings.resetwarnings()
+        warnings.filters[:] = left  # type: ignore[index]
 
 
 def _no_alarm_left(timer: int) -> Callable[[], None]:
