@@ -26,7 +26,7 @@ from varl.policy import Prompt
 from varl.recipes import read_yaml
 from varl.run.checkpoint import Checkpoints
 from varl.run.evaluations import Evaluations
-from varl.run.files import FolderLock, free_name, replacing, set_aside, writing
+from varl.run.files import FolderLock, beside, free_name, need_file, need_folder, replacing, set_aside, writing
 from varl.run.gallery import save_before_after, save_gallery
 from varl.run.metrics import MetricsWriter, read_metrics
 from varl.run.progress import FINISHED, Progress, note_start
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "plain"]
 
 logger = logging.getLogger(__name__)
+
+_FILES = ("config.yaml", "metrics.jsonl", "starts.jsonl", "progress.json", "micro_batches.json", "before_after.png")
+_FOLDERS = {"evaluations": ("*.json", "*.pt"), "gallery": ("*.png",), "checkpoints": ()}
+"""What a run writes, beside ``FINISHED``: files, and folders with patterns of the files in them."""
 
 _MAY_CHANGE = {
     "run": (
@@ -107,13 +111,17 @@ class RunFolder:
 
     def _check(self, config: dict[str, Any]) -> None:
         """Refuse a folder whose work would be lost, before anything in it is changed."""
+        self._check_kinds()
         file = self.path / "config.yaml"
         if file.exists():
             try:
-                earlier = _fixed(dict(read_yaml(file)["config"]))
-            except (ValueError, LookupError, TypeError) as error:
+                kept = read_yaml(file)
+                earlier = kept.get("config") if isinstance(kept, dict) else None
+                if not isinstance(earlier, dict):
+                    raise ValueError("it has no configuration under 'config'")
+            except ValueError as error:
                 raise ValueError(f"{file} is not as a run wrote it ({error}); choose another --run.out") from error
-            changed = _differences(earlier, _fixed(config))
+            changed = _differences(_fixed(earlier), _fixed(config))
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); "
@@ -126,6 +134,19 @@ class RunFolder:
                 f"overwrite them. Choose another --run.out, put {self.checkpoints.folder} back, or move the folder "
                 "away to begin again"
             )
+
+    def _check_kinds(self) -> None:
+        """Refuse a folder where a file belongs, a pipe, and the like, which would end the run late, or never."""
+        try:
+            for name in (*_FILES, *FINISHED):
+                need_file(self.path / name)
+                need_file(beside(self.path / name))
+            for name, patterns in _FOLDERS.items():
+                need_folder(self.path / name)
+                for path in (path for pattern in patterns for path in (self.path / name).glob(pattern)):
+                    need_file(path)
+        except ValueError as error:
+            raise ValueError(f"{error}, or choose another --run.out") from error
 
     def begin(self, update: int, held_out: Sequence[Prompt] = ()) -> None:
         """Note what the run begins or goes on with, and drop what later updates left behind.
@@ -150,6 +171,30 @@ class RunFolder:
                 "compared with nothing that follows",
                 to,
             )
+
+    def name_missing(self, evaluated: int | None, best: tuple[int, float] | None) -> bool:
+        """Warn of what an evaluation has left and is gone.
+
+        Args:
+            evaluated: the update of the last evaluation.
+            best: the update and the score of the best one.
+
+        Returns:
+            Whether no evaluation is left, and so a new baseline is due.
+        """
+        file = self.path / "best.safetensors"
+        if best is not None and not file.exists():
+            same = self.checkpoints.folder / f"update-{best[0]:06d}"
+            where = f" (the checkpoint {same} holds them too)" if same.exists() else ""
+            what = f"{file}, the best weights so far, of update {best[0]}, is not there{where}"
+            logger.warning("%s; it is written again once an evaluation is better", what)
+        if evaluated is None:
+            return False
+        none_left = not self.evaluated()
+        then = "the prompts are evaluated anew, as a new baseline" if none_left else "the run goes on without it"
+        if not any(self._evaluations.folder.glob(f"update-{evaluated:06d}.pt*")):  # .damaged was named before
+            logger.warning("the evaluation after update %d is not in %s; %s", evaluated, self._evaluations.folder, then)
+        return none_left
 
     def _keep_later(self, update: int, newest: int) -> None:
         to = self._kept_apart(f"later-than-update-{update:06d}")
