@@ -151,6 +151,11 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def in_place(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda folder: os.truncate(shard(folder), 100), "has 100 bytes, not"),
     "a flipped bit": (lambda folder: change(shard(folder), -1), "was altered: its SHA-256"),
@@ -159,6 +164,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file too many": (lambda folder: (folder / "more.safetensors").touch(), "is not in the manifest"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (lambda folder: os.truncate(folder / "manifest.json", 50), "manifest.json cannot be read"),
+    "a pipe": (lambda folder: in_place(folder / "manifest.json", os.mkfifo), "manifest.json is no file"),
+    "a folder": (lambda folder: in_place(shard(folder), os.mkdir), "is no file"),
     "an edited manifest": (lambda folder: edit(folder / "manifest.json", values={}), "manifest.json was altered"),
     "a manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[]"), "cannot be read"),
 }
