@@ -10,6 +10,7 @@ import pytest
 
 from varl.config import EvaluationConfig, RunConfig, TrainConfig
 from varl.errors import RunError
+from varl.models.inkling.pretrain import PretrainConfig, check_folder
 from varl.run.files import check_writable, writing
 from varl.run.folder import RunFolder
 
@@ -78,6 +79,15 @@ def test_what_is_no_file_or_folder_is_refused_at_the_start(
     assert os.path.lexists(path)
     path.rename(tmp_path.parent / f"{tmp_path.name}.away")
     start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"), [("pretrain.pt", os.mkfifo, PIPE), ("pretrain.partial", as_folder, FOLDER)]
+)
+def test_the_checkpoint_of_pretraining(tmp_path: Path, name: str, make: Callable[[Path], None], said: str) -> None:
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} {said} belongs"):
+        check_folder(PretrainConfig(out=tmp_path))
 
 
 @pytest.mark.parametrize("name", ["taken", "taken/inside", "/dev/null", "link"])
