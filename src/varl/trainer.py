@@ -355,12 +355,9 @@ class Trainer:
         if checkpoint is not None:
             state.restore(self, checkpoint)
             logger.info("going on from update %d", self.update)
-        none_left = False
         if self.distributed.main:
             self.folder.begin(self.update, self.held_out)
-            none_left = self.folder.name_missing(self.evaluated, self.best)
-        if self.distributed.gather_values(none_left)[0]:
-            self.evaluated = None  # on every process, for all of them evaluate
+        state.forget_removed(self)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""

@@ -331,7 +331,10 @@ def test_without_its_evaluations_a_run_has_a_new_baseline(copy: Path, caplog: py
         trainer = Trainer(config)
     assert f"the evaluation after update 3 is not in {copy / 'run' / 'evaluations'}; the prompts" in caplog.text
     assert f"{best}, the best weights so far, of update" in caplog.text
-    assert (trainer.evaluated, trainer.best is None) == (None, False)
+    assert trainer.evaluated is None
+    assert (trainer.best is None) == ("the next evaluation's take its place" in caplog.text)
+    for update, nowhere in ((0, True), (3, False)):  # there is a checkpoint of update 3
+        assert trainer.folder.name_removed(3, (update, 9.0)) == [True, nowhere]
     trainer.best = (3, 9.0)  # the evaluation of just these weights writes them again, though it is no better
     trainer.run()
     assert trainer.folder.evaluated() == [3, 4]

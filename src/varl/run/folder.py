@@ -172,29 +172,29 @@ class RunFolder:
                 to,
             )
 
-    def name_missing(self, evaluated: int | None, best: tuple[int, float] | None) -> bool:
-        """Warn of what an evaluation has left and is gone.
+    def name_removed(self, evaluated: int | None, best: tuple[int, float] | None) -> list[bool]:
+        """Warn of what evaluations had left and is gone.
 
         Args:
             evaluated: the update of the last evaluation.
             best: the update and the score of the best one.
 
         Returns:
-            Whether no evaluation is left, and so a new baseline is due.
+            Whether no evaluation is left, so that a new baseline is due; and whether the best weights are nowhere left.
         """
-        file = self.path / "best.safetensors"
+        file, no_best, none_left = self.path / "best.safetensors", False, False
         if best is not None and not file.exists():
             same = self.checkpoints.folder / f"update-{best[0]:06d}"
-            where = f" (the checkpoint {same} holds them too)" if same.exists() else ""
-            what = f"{file}, the best weights so far, of update {best[0]}, is not there{where}"
-            logger.warning("%s; it is written again once an evaluation is better", what)
-        if evaluated is None:
-            return False
-        none_left = not self.evaluated()
-        then = "the prompts are evaluated anew, as a new baseline" if none_left else "the run goes on without it"
-        if not any(self._evaluations.folder.glob(f"update-{evaluated:06d}.pt*")):  # .damaged was named before
-            logger.warning("the evaluation after update %d is not in %s; %s", evaluated, self._evaluations.folder, then)
-        return none_left
+            no_best = not same.exists()
+            then = "the next evaluation's take its place" if no_best else f"{same} has them; better ones are written"
+            logger.warning("%s, the best weights so far, of update %d, is not there; %s", file, best[0], then)
+        if evaluated is not None:
+            none_left = not self.evaluated()
+            then = "the prompts are evaluated anew, as a new baseline" if none_left else "the run goes on without it"
+            where = self._evaluations.folder
+            if not any(where.glob(f"update-{evaluated:06d}.pt*")):  # one that is .damaged was named before
+                logger.warning("the evaluation after update %d is not in %s; %s", evaluated, where, then)
+        return [none_left, no_best]
 
     def _keep_later(self, update: int, newest: int) -> None:
         to = self._kept_apart(f"later-than-update-{update:06d}")
