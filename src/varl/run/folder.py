@@ -84,6 +84,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig, main: bool = True, patience: float = 0.0) -> None:
         self.path, self._config = config.run.out, plain(asdict(config))
         self.identity = _identity(self._config)
+        self._fold = not isinstance(config.reward, dict) or config.reward.get("fold") not in (False, "false")
         self._progress, self._evaluations = Progress(self.path), Evaluations(self.path / "evaluations")
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep, self._progress.note)
         self._lock = FolderLock(self.path, patience) if main else None
@@ -259,7 +260,9 @@ class RunFolder:
         count = len(images)
         texts = None if output.texts is None else output.texts[:count]
         with replacing(self.path / "gallery" / f"update-{update:06d}.png") as partial:
-            save_gallery(partial, prompts, images, output.score[:count], advantages, texts, masks, schedule)
+            save_gallery(
+                partial, prompts, images, output.score[:count], advantages, texts, masks, schedule, fold=self._fold
+            )
 
     def evaluation(self, update: int, pictures: int, result: Evaluation, window: int) -> None:
         """Note a held-out evaluation, with its pictures; once there are two, draw the first beside this one.
@@ -282,6 +285,7 @@ class RunFolder:
                 after.images[shown],
                 pair[0].texts[shown],
                 pair[1].texts[shown],
+                fold=self._fold,
             )
 
     def _falling(self, update: int, result: Evaluation, window: int) -> list[str]:
