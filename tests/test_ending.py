@@ -1,4 +1,4 @@
-"""Processes whose launcher is killed end by themselves; how others of a run end is in test_distributed.py."""
+"""Processes end when their launcher is killed, and whatever hangs; the end of a run is in test_distributed.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
 import pytest
 
 from patience import PATIENCE, alive, wait_for
+from varl import ending
 
 CHILD = "import time; from varl.ending import end_with_launcher; end_with_launcher(); print('up', flush=True)"
 CHILD += f"; time.sleep({2 * PATIENCE})"
@@ -44,3 +46,43 @@ def test_a_process_ends_when_its_launcher_is_killed() -> None:
     finally:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+HANGS = {
+    "thread": ("threading.Thread(target=wait, name='slow').start()", "thread 'slow'", 0),
+    "pool": ("ThreadPoolExecutor(1, 'pool').submit(wait)", "thread 'pool_0'", 3),
+    "process": ("multiprocessing.get_context('fork').Process(target=wait, name='kid').start()", "process 'kid' (", 0),
+    "function": ("atexit.register(wait)", "wait ('<string>', line 3)", 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HANGS)
+def test_a_process_ends_with_its_code_whatever_hangs(name: str) -> None:
+    """Its output is whole, and nobody is left who holds it open."""
+    hang, named, status = HANGS[name]
+    code = "import atexit, multiprocessing, sys, threading, time; from concurrent.futures import ThreadPoolExecutor\n"
+    code += f"from varl import ending; ending.LEFT_S = 0.3\ndef wait(): time.sleep({2 * PATIENCE})\n"
+    code += f"{hang}; print('a' * 200_000); ending.end({status})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (status, "a" * 200_000 + "\n")
+    assert ended.stderr.startswith(f"still running 0.3 s after the end, and not waited for any longer: {named}")
+
+
+@pytest.mark.slow
+def test_a_process_without_what_hangs_ends_as_ever() -> None:
+    code = "import atexit; from varl.ending import end; atexit.register(print, 'last'); print('first'); end('bad')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "first\nlast\n", "bad\n")
+
+
+def test_what_keeps_a_process_from_its_end_is_named() -> None:
+    gate = threading.Event()
+    threads = [threading.Thread(target=gate.wait, name=f"slow {d}\n", daemon=d) for d in (False, True)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert r"thread 'slow False\n'" in ending._left()
+        assert not any("slow True" in left for left in ending._left())
+    finally:
+        gate.set()

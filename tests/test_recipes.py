@@ -69,7 +69,7 @@ REFUSED = {
     "run: null": "run is null, but must have a value",
     "run: !!binary aGk=": "line 1 has 'aGk=' of YAML's kind binary",
     "run: !!set {out}": "line 1 has something of YAML's kind set",
-    "run: {out: !!bool x}": "it has a value that cannot be read: 'x'",
+    "run: {out: !!bool x}": "it has a value that cannot be read: KeyError('x')",
     "<<: {run: {updates: 3}}": "line 1 has '<<' of YAML's kind merge; write out what is merged",
     "prompts: {source: 2020-01-01}": "line 1 has '2020-01-01' of YAML's kind timestamp",
     "runn: {}": "there is no setting runn; there are policy, prompts, reward",

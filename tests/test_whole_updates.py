@@ -17,13 +17,27 @@ from test_trainer import assert_same, make_config, metrics, weights_of, with_rew
 from varl import Sampling, rollout, updates
 from varl.config import MethodConfig
 from varl.errors import RunError
+from varl.rewards import RewardOutput
 from varl.rollout import row_generators
+from varl.run import folder
 from varl.run.metrics import read_metrics
 from varl.trainer import Trainer
 
 
 def constant(images: Tensor, prompts: Any) -> list[float]:
     return [0.25] * len(images)
+
+
+class Read:
+    """A reward that reads nothing, and compares words as it is told to."""
+
+    def __init__(self, fold: bool = True) -> None:
+        self.fold = fold
+
+    def __call__(self, images: Tensor, prompts: Any) -> RewardOutput:
+        output = tiny_runs.score(images, prompts)
+        output.texts = [""] * len(images)
+        return output
 
 
 def rising(images: Tensor, prompts: Any) -> list[int]:
@@ -171,6 +185,27 @@ def test_pictures_and_norms_of_both_kinds(weights: Path, tmp_path: Path) -> None
     assert [line["kind"] for line in lines if "gradient_norm_by_step" in line] == ["prefix", "suffix"]
     names = sorted(path.name for path in (tmp_path / "run" / "gallery").iterdir())
     assert names == ["update-000003.png", "update-000004.png"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_pictures_judge_as_the_reward_does(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fold: bool
+) -> None:
+    seen = []
+    for name in ("save_gallery", "save_before_after"):
+        inner = getattr(folder, name)
+
+        def spy(*given: Any, inner: Any = inner, **named: Any) -> None:
+            seen.append(named["fold"])
+            inner(*given, **named)
+
+        monkeypatch.setattr(folder, name, spy)
+    run = {"updates": 1, "gallery_every": 1}
+    config = make_config(weights, tmp_path / "run", update="full", run=run)
+    reward = {"name": f"{__name__}:Read"} | ({} if fold else {"fold": False})
+    evaluation = replace(config.evaluation, enabled=True, count=2)
+    Trainer(replace(config, reward=reward, evaluation=evaluation)).run()
+    assert seen == [fold, fold]
 
 
 # --- Weights that are no numbers. ---

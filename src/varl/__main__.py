@@ -1,5 +1,3 @@
-import sys
+from varl.cli import run
 
-from varl.cli import main
-
-sys.exit(main())
+run()

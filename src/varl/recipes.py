@@ -106,8 +106,9 @@ def parse_yaml(text: str) -> Any:
     check_yaml(text)
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, KeyError) as error:  # KeyError: !!bool of another word
-        raise ValueError(f"it has a value that cannot be read: {error}") from error
+    except Exception as error:  # a value that does not fit its tag fails in ways of its own
+        what = str(error) if isinstance(error, yaml.YAMLError) else repr(error)
+        raise ValueError(f"it has a value that cannot be read: {what}") from error
 
 
 def check_yaml(text: str) -> set[str]:

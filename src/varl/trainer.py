@@ -332,7 +332,7 @@ class Trainer:
             self.folder.evaluation(self.update, self.pictures, result, self.config.evaluation.alarm_window)
         self.evaluated = self.update
         score = result.estimate(result.metrics[0]).value
-        if self.best is None or score > self.best[1]:
+        if self.best is None or score > self.best[1] or self.best[0] == self.update:  # the same, measured anew
             self.best = self.update, score
             self._export("best.safetensors")
         faults.point("evaluated")
@@ -357,6 +357,7 @@ class Trainer:
             logger.info("going on from update %d", self.update)
         if self.distributed.main:
             self.folder.begin(self.update, self.held_out)
+        state.forget_removed(self)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""

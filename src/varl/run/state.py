@@ -26,6 +26,7 @@ __all__ = [
     "collected",
     "fingerprint",
     "foreign",
+    "forget_removed",
     "new_moments",
     "own_generators",
     "restore",
@@ -101,6 +102,14 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     if values.get("held_out", now := digest(trainer.held_out)) != now:
         # What was measured on other prompts is no measure of these: a new baseline is evaluated, and a new best found.
         trainer.evaluated = trainer.best = None
+
+
+def forget_removed(trainer: Trainer) -> None:
+    """Have measured anew what evaluations had left in the run folder and is gone. Collective, as evaluating is."""
+    found = trainer.folder.name_removed(trainer.evaluated, trainer.best) if trainer.distributed.main else [False, False]
+    no_evaluation, no_best = trainer.distributed.gather_values(found)[0]
+    trainer.evaluated = None if no_evaluation else trainer.evaluated
+    trainer.best = None if no_best else trainer.best
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
