@@ -1,5 +1,3 @@
-import sys
+from varl.cli import program
 
-from varl.cli import main
-
-sys.exit(main())
+program()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 from rich.console import Console
@@ -17,10 +17,12 @@ from rich.text import Text
 
 from varl import commands
 from varl.effects import NoEffect
+from varl.ending import end_soon
 from varl.errors import InputError, Interrupted, RunError, checking
 from varl.recipes import check_nulls, check_recipe, check_words, parse_yaml, recipes_in, split_recipes
+from varl.rewards.guard import no_exit, told
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 console = Console(stderr=True, markup=False)
 
@@ -209,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        return command.run(_one_voice(name, command, rest)) or 0
+        config = _one_voice(name, command, rest)
+        with no_exit():
+            return _carried_out(command, config)
     except InputError as error:
         _say("error:", str(error))
         return 2
@@ -224,5 +228,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _carried_out(command: Command, config: Any) -> int:
+    try:
+        return command.run(config) or 0
+    except SystemExit as end:
+        if end.code:  # of several processes, another one says why
+            raise
+        raise RunError(
+            f"{told(end)} ended the work before it was done; the same command goes on or begins again"
+        ) from end
+
+
+def program() -> NoReturn:
+    """``main`` as a program, which ends soon after it, whatever a reward leaves running."""
+    code = 1  # if it raises
+    try:
+        code = main()
+    finally:
+        end_soon(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -1,19 +1,21 @@
-"""How the processes of a run end together: when one fails, or torchrun is killed, all do."""
+"""How processes end: those of a run together, when one fails or torchrun is killed, and each soon after its work."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
 from varl.errors import Interrupted
 from varl.run.signals import exit_at_once
 
-__all__ = ["OUTLIVED_S", "end_with_launcher", "guarded"]
+__all__ = ["OUTLIVED_S", "end_soon", "end_with_launcher", "guarded"]
 
 FAILED = "failed"
 """Under this key of the processes' common store stands the first to fail."""
@@ -21,6 +23,8 @@ POLL_S, GRACE_S = 1.0, 5.0
 """How often a process looks whether another has failed, and how long it then may take to end by itself."""
 OUTLIVED_S = 2 * (POLL_S + GRACE_S)
 """For so long processes may go on of whom one was killed."""
+LINGER_S = 30.0
+"""How long the end of the program waits for what a reward left running, if that does not end by itself."""
 
 
 def end_with_launcher() -> None:
@@ -33,6 +37,28 @@ def _end_without(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
     exit_at_once(1)
+
+
+def end_soon(status: int, seconds: float = LINGER_S) -> None:
+    """Have this process end within some seconds, with an exit status and with what still ran named: Python itself waits
+    for threads, processes of ``multiprocessing`` and functions of ``atexit`` without end."""
+    threading.Thread(target=_end_after, args=(seconds, status), daemon=True).start()
+
+
+def _end_after(seconds: float, status: int) -> None:
+    time.sleep(seconds)
+    threads = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    processes = multiprocessing.active_children()
+    left = [f"thread {one.name}" for one in threads] + [f"process {one.name}" for one in processes]
+    said = f"ended without waiting any longer for {', '.join(left) or 'what was registered with atexit'}\n"
+    for process in processes:  # they would hold the terminal or pipe that this one writes to
+        process.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    with suppress(OSError):
+        os.write(2, said.encode(errors="replace"))
+    exit_at_once(status)
 
 
 @contextmanager
