@@ -230,7 +230,8 @@ class Told(Exception):
 def said(error: BaseException) -> str:
     """What an error says; nothing if its own ``__str__`` fails."""
     try:
-        return str(error)
+        with no_exit():
+            return str(error)
     except BaseException:
         return ""
 
