@@ -264,6 +264,7 @@ def test_where_errors_arise() -> None:
     assert where(Told("a", "a.py, line 2")) == "a.py, line 2"
     assert where(SyntaxError("bad", ("/a/b.py", 7, 1, "x"))) == "b.py, line 7"
     # Some errors that are not of syntax name a file, and some of syntax none.
+    assert where(SyntaxError("bad", (5, 7, 1, "x"))) == "nowhere"  # type: ignore[arg-type]
     missing = caught(running("\nopen('/there/is/none')", Path("/theirs/a.py")))
     assert where(missing) == "a.py, line 2"
     assert where(caught(running("\n\nraise SyntaxError('x')", Path("/theirs/a.py")))) == "a.py, line 3"

@@ -250,7 +250,7 @@ def where(error: BaseException, file: str | None = None) -> str:
     not the library's, else the last of all."""
     if isinstance(error, Told):
         return error.place
-    if isinstance(error, SyntaxError) and error.filename:
+    if isinstance(error, SyntaxError) and isinstance(error.filename, str):
         return f"{Path(error.filename).name}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_LIBRARY)]
