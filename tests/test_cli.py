@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +162,32 @@ def test_pictures_need_a_tokenizer(tmp_path: Path) -> None:
     config = PolicyConfig("infinity", {"transformer": "random"}, json.loads(json.dumps(SMALL)))
     with pytest.raises(ValueError, match="infinity draws no pictures without its tokenizer"):
         prepare(config, torch.device("cpu"))
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "said"),
+    [
+        (lambda: 3, 3, ""),
+        (lambda: sys.exit("bad"), "bad", ""),
+        (lambda: print("ä → b") or 0, 0, ""),
+        (lambda: [][1], 1, "IndexError"),
+        (full, 1, "stopped: the output cannot be written: No space left on device"),
+    ],
+)
+def test_the_process_ends_with_the_code_of_its_command(
+    ended: Callable[[], Any], status: Any, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Signs that the terminal's encoding lacks are spelled out."""
+    out, statuses = io.BytesIO(), list[Any]()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "latin-1"))
+    monkeypatch.setattr(cli, "main", ended)
+    monkeypatch.setattr(cli, "end", statuses.append)
+    cli.run()
+    assert statuses == [status]
+    assert out.getvalue() == (b"\xe4 \\u2192 b\n" if status == 0 else b"")
+    *_, last = ["", *capfd.readouterr().err.splitlines()]
+    assert last[: len(said) or None] == said

@@ -19,6 +19,7 @@ from varl.config import (
 )
 from varl.effects import NoEffect
 from varl.errors import InputError
+from varl.sampling import Sampling
 
 IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
     "full updates have no middle": (
@@ -78,6 +79,11 @@ IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
         {"enabled": False, "kl": True, "dilation": 2.0, "shape": "box"},
         {"method.mask.kl", "method.mask.dilation", "method.mask.shape"},
     ),
+    "a warm-up does not go down": (
+        OptimizerConfig,
+        {"warmup_from": 1e-3, "learning_rate": 1e-4},
+        {"optimizer.warmup_from"},
+    ),
     "no warm-up": (OptimizerConfig, {"warmup_updates": 0, "warmup_from": 1e-7}, {"optimizer.warmup_from"}),
     "no adapters": (
         AdapterConfig,
@@ -91,6 +97,17 @@ IDLE: dict[str, tuple[type, dict[str, Any], set[str]]] = {
     ),
     "no alarm": (EvaluationConfig, {"alarm_window": 0, "alarm_stops": True}, {"evaluation.alarm_stops"}),
     "nothing is too much": (RunConfig, {"max_failed_share": 1.0, "failure_window": 3}, {"run.failure_window"}),
+    "any failure is too much": (RunConfig, {"max_failed_share": 0.0, "failure_window": 3}, {"run.failure_window"}),
+    "two evaluations are no window": (
+        TrainConfig,
+        {"evaluation": EvaluationConfig(alarm_window=4, alarm_stops=True)},
+        {"evaluation.alarm_window", "evaluation.alarm_stops"},
+    ),
+    "nor are three": (
+        TrainConfig,
+        {"evaluation": EvaluationConfig(every=10, alarm_window=5), "run": RunConfig(updates=20)},
+        {"evaluation.alarm_window"},
+    ),
     "draws are the policy's own": (TrainConfig, {"method": MethodConfig(logp="sampling")}, {"method.logp"}),
     "no suffix": (
         TrainConfig,
@@ -120,6 +137,7 @@ def test_at_its_default_it_is_not(case: str) -> None:
     idle = {name.rpartition(".")[2] for name in expected}
     mended = {name: value for name, value in settings.items() if name not in idle}
     sections = {"mask": MaskConfig, "method": MethodConfig, "optimizer": OptimizerConfig}
+    sections |= {"evaluation": EvaluationConfig}
     for name in mended.keys() & sections.keys():
         mended[name] = sections[name]()
     kind(**mended)
@@ -145,7 +163,31 @@ def test_the_scale_of_suffix_updates_needs_moments_of_their_own() -> None:
 def test_values_that_have_no_limit() -> None:
     with pytest.raises(ValueError, match=r"method\.value policy needs a finite method\.eta"):
         MethodConfig(value="policy", eta=float("inf"))
+    with pytest.raises(ValueError, match=r"method\.value soft-reference needs a finite method\.eta here"):
+        MethodConfig(value="soft-reference", eta=float("inf"), continuations=1)
+    MethodConfig(value="soft-reference", eta=float("inf"))
     MethodConfig(value="soft", eta=float("inf"))
+
+
+@pytest.mark.parametrize(("value", "same"), [("policy", "mean"), ("soft-reference", "max")])
+@pytest.mark.parametrize("continuations", [1, 2])
+def test_an_estimator_that_would_be_another_is_refused(value: Any, same: str, continuations: int) -> None:
+    with pytest.raises(ValueError, match=f"method.value {value} with method.eta 0 is method.value {same}"):
+        MethodConfig(value=value, eta=0, continuations=continuations)
+    MethodConfig(value=value, eta=1e-9, continuations=continuations)
+
+
+def test_log_probabilities_that_are_all_0_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.logp sampling needs a sampling\.top_k other than 1"):
+        TrainConfig(method=MethodConfig(logp="sampling"), sampling=Sampling(top_k=1))
+    TrainConfig(sampling=Sampling(top_k=1))
+    TrainConfig(method=MethodConfig(logp="sampling"), sampling=Sampling(top_k=2))
+
+
+def test_as_many_evaluations_as_the_alarm_looks_at_are_enough() -> None:
+    TrainConfig(evaluation=EvaluationConfig(alarm_window=2, alarm_stops=True))
+    for every, updates in ((10, 21), (10, 30), (1, 2)):
+        TrainConfig(evaluation=EvaluationConfig(every=every, alarm_stops=True), run=RunConfig(updates=updates))
 
 
 RECIPE = """

@@ -1,8 +1,7 @@
-"""Processes whose launcher is killed, or whose work is done, end; how others of a run end is in test_distributed.py."""
+"""Processes end when their launcher is killed, and whatever hangs; the end of a run is in test_distributed.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -52,56 +51,44 @@ def test_a_process_ends_when_its_launcher_is_killed() -> None:
             os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("daemon", [False, True])
-def test_what_still_runs_is_named(
-    daemon: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr(ending, "exit_at_once", codes.append)
-    done = threading.Event()
-    thread = threading.Thread(target=done.wait, name="theirs", daemon=daemon)
-    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(2 * PATIENCE,), name="other")
-    for one in (thread, process) if not daemon else (thread,):
-        one.start()
-    try:
-        ending._end_after(0.0, 7)
-        said = capfd.readouterr().err
-        assert codes == [7]
-        assert ("thread theirs" in said) is not daemon
-        assert ("process other" in said) is not daemon
-        if not daemon:
-            process.join(PATIENCE)
-            assert process.exitcode == -signal.SIGKILL  # or it would hold the terminal
-    finally:
-        done.set()
-        thread.join()
-
-
-LEFT = """
-import atexit, concurrent.futures, multiprocessing, os, sys, threading, time
-from varl.ending import end_soon
-
-def thread(): threading.Thread(target=time.sleep, args=(LONG,)).start()
-def pool(): concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, LONG)
-def process(): multiprocessing.get_context("fork").Process(target=time.sleep, args=(LONG,)).start()
-def registered(): atexit.register(time.sleep, LONG)
-
-children = []
-for leave in (thread, pool, process, registered):
-    if not (child := os.fork()):
-        leave()
-        end_soon(5, 0.1)
-        sys.exit(5)
-    children.append(child)
-print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-""".replace("LONG", str(2 * PATIENCE))
+HANGS = {
+    "thread": ("threading.Thread(target=wait, name='slow').start()", "thread 'slow'", 0),
+    "pool": ("ThreadPoolExecutor(1, 'pool').submit(wait)", "thread 'pool_0'", 3),
+    "process": ("multiprocessing.get_context('fork').Process(target=wait, name='kid').start()", "process 'kid' (", 0),
+    "function": ("atexit.register(wait)", "wait ('<string>', line 3)", 3),
+}
 
 
 @pytest.mark.slow
-def test_a_program_ends_though_something_was_left_running() -> None:
-    ended = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=PATIENCE)
-    assert ended.stdout.splitlines()[-1] == "[5, 5, 5, 5]", ended.stderr
-    assert ended.stderr.count("ended without waiting") == 4
+@pytest.mark.parametrize("name", HANGS)
+def test_a_process_ends_with_its_code_whatever_hangs(name: str) -> None:
+    """Its output is whole, and nobody is left who holds it open."""
+    hang, named, status = HANGS[name]
+    code = "import atexit, multiprocessing, sys, threading, time; from concurrent.futures import ThreadPoolExecutor\n"
+    code += f"from varl import ending; ending.LEFT_S = 0.3\ndef wait(): time.sleep({2 * PATIENCE})\n"
+    code += f"{hang}; print('a' * 200_000); ending.end({status})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout) == (status, "a" * 200_000 + "\n")
+    assert ended.stderr.startswith(f"still running 0.3 s after the end, and not waited for any longer: {named}")
+
+
+@pytest.mark.slow
+def test_a_process_without_what_hangs_ends_as_ever() -> None:
+    code = "import atexit; from varl.ending import end; atexit.register(print, 'last'); print('first'); end('bad')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "first\nlast\n", "bad\n")
+
+
+def test_what_keeps_a_process_from_its_end_is_named() -> None:
+    gate = threading.Event()
+    threads = [threading.Thread(target=gate.wait, name=f"slow {d}\n", daemon=d) for d in (False, True)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert r"thread 'slow False\n'" in ending._left()
+        assert not any("slow True" in left for left in ending._left())
+    finally:
+        gate.set()
 
 
 def carried_out(run: Callable[[Any], int | None], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -64,6 +64,9 @@ def test_jsonl_file(tmp_path):
         ('{"text": "x", "words": ["y"], "boxes": [[0.5, 0, 0.5, 1]]}', "line 3: boxes must be"),
         ('{"text": "x", "words": ["y", "z"], "boxes": [[0, 0, 1, 1]]}', "line 3: there are 1 boxes for 2 words"),
         ('{"label": true}', "line 3: label must be a class index, got True"),
+        ('{"text": "x", "words": ["A"], "words": ["B"]}', r"line 3: gives 'words' again, \['B'\] after \['A'\]"),
+        ('{"text": "x", "text": "x"}', "line 3: gives 'text' again, 'x' after 'x'; a line"),
+        ('{"label": 3, "label": 4}', "line 3: gives 'label' again, 4 after 3; a line"),
     ],
 )
 def test_jsonl_errors_name_the_line(tmp_path, line, message):
@@ -81,6 +84,9 @@ def test_jsonl_errors_name_the_line(tmp_path, line, message):
         ("a.json", '{"data_list": []}', "holds no prompt"),
         ("a.json", '{\n"data_list": [}', "line 2: not valid JSON"),
         ("a.json", "[]", "no list 'data_list'"),
+        ("a.json", '{"data_list": [{"prompt": "x"}], "data_list": []}', "a.json: gives 'data_list' again"),
+        ("a.json", '{"data_list": [{"prompt": "x", "prompt": "y"}]}', "json: gives 'prompt' again, 'y' after 'x'"),
+        ("a.json", '{"data_list": [{"prompt": "x", "m": {"n": 1, "n": 2}}]}', "a.json: gives 'n' again, 2 after 1"),
         ("a.json", '{"data_list": [{"prompt": "x"}, {"text": "x"}]}', r"data_list\[1\] has no text 'prompt'"),
     ],
 )
@@ -147,6 +153,16 @@ def test_stream_larger_than_list():
     stream.next(7)
     counts = Counter(texts(stream.next(13)))
     assert set(counts.values()) == {1, 2}  # 3 + 10: what the batch holds already comes late
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_batch_larger_than_the_list_repeats_nothing_within_a_list(seed):
+    stream = PromptStream(PROMPTS, seed)
+    stream.next(7)
+    batch = texts(stream.next(25))  # epochs begin at 3, 13 and 23 of it
+    for first in (0, 10, 20):
+        assert len(set(batch[first : first + 10])) == len(batch[first : first + 10])
+    assert stream.state_dict()["head"] == [int(text) for text in batch[23:]]  # what this batch took of the epoch
 
 
 @pytest.mark.parametrize("sizes", [[4], [7], [10], [3, 8, 9]])

@@ -29,11 +29,12 @@ def test_a_record() -> None:
     plan = updates.plan("full", method, ScaleSchedule.square([1, 2, 4]))
     nan = float("nan")
     score = torch.tensor([1.0, nan, 2.0, 2.0, 1.0, 5.0])
-    scores = RewardOutput(score, score.isnan(), parts={"part": torch.tensor([4.0, nan, 1.0, 2.0, 3.0, 5.0])})
+    parts = {"part": torch.tensor([4.0, nan, 1.0, 2.0, 3.0, 5.0]), "some": torch.tensor([nan, 9.0, 1.0, 2.0, nan, nan])}
+    scores = RewardOutput(score, score.isnan(), parts=parts)
     found = updates.advantages(score.view(3, 2), ~scores.failed.view(3, 2), method)
     expected = {
         "kind": "full",
-        "reward": {"score": 2.2, "part": 3.0},
+        "reward": {"score": 2.2, "part": 3.0, "some": 1.5},
         "failed_pictures": 1,
         "failed_share": 1 / 6,
         "return": 2.5,
@@ -122,6 +123,7 @@ DEFAULTS: dict[ModuleType, dict[str, dict[str, Any]]] = {
             "shared": 1,
             "reference_logp_BL": None,
             "total": None,
+            "cancelled": False,
         },
         "Learner": {"distributed": None},
     },

@@ -31,6 +31,14 @@ def test_what_was_not_asked_for_is_not_there(inkling: Inkling, prompts: list[Pro
     assert rollout(inkling, condition, start=scored).logp is None
 
 
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_a_start_goes_on_with_its_own_guidance_only(inkling: Inkling, prompts: list[Prompt], guidance: float) -> None:
+    condition = inkling.condition(prompts[:2])
+    start = rollout(inkling, condition, Sampling(guidance=1.5), until=2, keep_state=True)
+    with pytest.raises(ValueError, match=f"drawn with guidance 1.5, and cannot go on with {guidance}"):
+        rollout(inkling, condition, Sampling(guidance=guidance), start=start)
+
+
 def test_defaults_are_the_policys_own_distribution_and_one_continuation(
     inkling: Inkling, prompts: list[Prompt]
 ) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from bits import SCHEDULE
 from families import Family, actions_of, every, prompts
 from small import make_inkling, make_prompts
-from varl.policy import Policy, row_index
+from varl.policy import Condition, Policy, row_index
 
 BATCH = 4
 CHOICES: dict[str, tuple[Any, list[int]]] = {
@@ -29,6 +30,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "fractions": ([0.0, 1.0], ValueError, "whole numbers"),
     "one number": (2, ValueError, "rows are a list"),
     "a table": ([[0, 1]], ValueError, "rows are a list"),
+    "numbers and booleans": ([True, 2], ValueError, "not of both"),
     "too few booleans": ([True, False], ValueError, "2 booleans cannot choose from 4 rows"),
 }
 
@@ -53,6 +55,27 @@ def test_what_are_no_rows_is_refused(case: str) -> None:
     assert state.cache is not None
     with pytest.raises((IndexError, ValueError)):
         state.cache.select(rows if error is ValueError else [9])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_copies_are_no_batch(k: int) -> None:
+    policy = make_inkling()
+    condition = policy.condition(make_prompts(BATCH))
+    with pytest.raises(ValueError, match=f"1 time or more, not {k}"):
+        condition.repeat(k)
+    with pytest.raises(ValueError, match=f"1 or more, not {k}"):
+        policy.start(condition).fork(k)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_condition_of_one_prompt_is_repeated_with_its_one_unconditional_twin(alone: bool) -> None:
+    """Repeated, it has one row's twin still, which is all rows'; a batch's own twins are repeated with it."""
+    condition = Condition(SCHEDULE, {"x": torch.arange(1 if alone else 2)}, {"x": torch.arange(1 if alone else 2) + 7})
+    rows = [0, 0, 0] if alone else [1, 1, 0]
+    found = condition.select(rows)
+    assert (found.features["x"].tolist(), found.null["x"].tolist()) == (rows, [7] if alone else [8, 8, 7])
+    twice = condition.repeat(2)
+    assert twice.null["x"].tolist() == ([7] if alone else [7, 7, 8, 8])
 
 
 def checked(policy: Policy, case: str, asked: list[Any], guidance: float) -> None:

@@ -90,6 +90,19 @@ def test_groups_must_divide_the_rows(inkling: Inkling, branched: Rollout) -> Non
         log_probs(inkling, branched.condition, branched.actions, SUFFIX, shared=4)
 
 
+def test_what_could_not_be_meant_is_refused(inkling: Inkling, branched: Rollout) -> None:
+    given = (inkling, branched.condition, branched.actions, SUFFIX)
+    for shared in (0, -3):
+        with pytest.raises(ValueError, match=f"6 rows are no groups of {shared}"):
+            log_probs(*given, shared=shared)
+    for chunk in (0, -3):
+        with pytest.raises(ValueError, match=f"chunk must be 1 token or more, got {chunk}"):
+            log_probs(*given, chunk=chunk)
+    state = replay(inkling, branched.condition, branched.actions, SUFFIX.start).state
+    with pytest.raises(ValueError, match="prefix_gradient False has no effect on a prefix that is given"):
+        log_probs(*given, prefix=state, prefix_gradient=False)
+
+
 @pytest.mark.parametrize("keep", [None, "some"])
 @pytest.mark.parametrize("events", [False, True])
 def test_entropy_of_the_asked_tokens_only(inkling: Inkling, branched: Rollout, keep: str | None, events: bool) -> None:

@@ -15,7 +15,6 @@ import tiny_runs
 from test_trainer import assert_same, make_config, weights_of
 from varl import trainer as module
 from varl import updates
-from varl.algorithm import Advantages
 from varl.config import AdapterConfig, EvaluationConfig, TrainConfig
 from varl.distributed import Distributed
 from varl.ending import OUTLIVED_S
@@ -28,7 +27,7 @@ from varl.sizing import FIRST
 from varl.trainer import Trainer
 
 SHAPE = InklingConfig(**(tiny_runs.SHAPE | {"grids": [1, 2, 3, 6], "width": 16, "depth": 1}))
-EVALUATED = EvaluationConfig(count=2, seed=5, prompt_seed=4, sampling=Sampling(top_k=3), alarm_window=6)
+EVALUATED = EvaluationConfig(count=2, seed=5, prompt_seed=4, sampling=Sampling(top_k=3), alarm_window=2)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_what_is_read_and_checked(config: TrainConfig, monkeypatch: pytest.Monke
 
 def test_what_a_trainer_begins_with(made: Trainer, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (made.update, made.pictures, made.evaluated, made.best) == (0, 0, None, None)
-    assert (made.owed, made._no_variance, made.kept, made.ema, made._pool) == (False, False, None, None, None)
+    assert (made.owed, made.kept, made.ema, made._pool) == (False, None, None, None)
     assert made.held_out == []
     assert made.learner.micro_batch == 7
     assert made.learner.distributed is made.distributed
@@ -303,25 +302,6 @@ def test_sequences_that_share_a_prefix(made: Trainer, monkeypatch: pytest.Monkey
     asked = spied(monkeypatch, made.distributed, "share", lambda rows: range(rows // 2))
     assert (made._shared(prefix), made._shared(suffix)) == (1, 2)
     assert asked == [((12,), {})]
-
-
-def advantages(values: list[list[float]], valid: list[list[bool]]) -> Advantages:
-    return updates.advantages(torch.tensor(values), torch.tensor(valid), TrainConfig().method)
-
-
-def test_a_warning_is_for_the_first_of_several_in_a_row(made: Trainer, caplog: pytest.LogCaptureFixture) -> None:
-    flat = advantages([[1.0, 1.0]], [[True, True]])
-    telling = advantages([[1.0, 2.0], [1.0, 1.0]], [[True, True]] * 2)
-    failed = advantages([[1.0, 2.0]], [[True, False]])
-    none = torch.zeros(1, dtype=torch.bool)
-    said = []
-    for found in (failed, flat, flat, telling, flat, failed, flat):
-        caplog.clear()
-        made._warn_of_no_variance(found, none)
-        said.append(len(caplog.messages))
-        made.update += 1
-    assert said == [0, 1, 0, 0, 1, 0, 1]
-    assert caplog.messages == ["update 7: in every group the returns, or the sequences, are equal; it takes no step"]
 
 
 def test_what_is_shown_is_of_four_prompts(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

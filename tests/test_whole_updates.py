@@ -17,13 +17,27 @@ from test_trainer import assert_same, make_config, metrics, weights_of, with_rew
 from varl import Sampling, rollout, updates
 from varl.config import MethodConfig
 from varl.errors import RunError
+from varl.rewards import RewardOutput
 from varl.rollout import row_generators
+from varl.run import folder
 from varl.run.metrics import read_metrics
 from varl.trainer import Trainer
 
 
 def constant(images: Tensor, prompts: Any) -> list[float]:
     return [0.25] * len(images)
+
+
+class Read:
+    """A reward that reads nothing, and compares words as it is told to."""
+
+    def __init__(self, fold: bool = True) -> None:
+        self.fold = fold
+
+    def __call__(self, images: Tensor, prompts: Any) -> RewardOutput:
+        output = tiny_runs.score(images, prompts)
+        output.texts = [""] * len(images)
+        return output
 
 
 def rising(images: Tensor, prompts: Any) -> list[int]:
@@ -54,8 +68,8 @@ def test_ten_updates_of_a_constant_reward_move_nothing(
     assert [line["not_finite"] for line in lines] == [0] * 12
     assert [line["zero_variance_groups"] for line in lines] == [1.0] * 12
     assert trainer.learner.updates_taken == 0
-    said = [record.message for record in caplog.records if "in every group" in record.message]
-    assert said == ["update 1: in every group the returns, or the sequences, are equal; it takes no step"]
+    said = [record.message for record in caplog.records if "of every group are equal" in record.message]
+    assert said == ["update 1: the returns of every group are equal; it takes no step"]
 
 
 @pytest.mark.parametrize("kind", ["alternate", "full"])
@@ -71,23 +85,22 @@ def test_groups_of_one_sequence_move_nothing(weights: Path, tmp_path: Path, kind
     assert min(line["group_std"] for line in lines) > 0
 
 
-def test_a_group_is_of_one_sequence_if_actions_and_mask_are_equal() -> None:
+def test_terms_cancel_where_every_group_is_of_one_sequence() -> None:
     policy = Bits()
-    sequences = rollout(policy, policy.condition(labels(8)), None, row_generators((0,), 8))
-    actions = sequences.actions[[0, 0, 1, 1, 2, 3, 4, 4]]
-    mask = torch.ones(8, actions.shape[1])
+    sequences = rollout(policy, policy.condition(labels(6)), None, row_generators((0,), 6))
+    sequences = replace(sequences, actions=sequences.actions[[0, 0, 1, 1, 2, 3]])
+    mask = torch.ones(sequences.actions.shape[:2])
     mask[3, -1] = 0.5
-    found = updates.advantages(
-        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]),
-        torch.tensor([[True, True]] * 3 + [[True, False]]),
-        MethodConfig(advantage="mean"),
-    )
-    masked = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), mask))
-    assert masked.advantage_PG.tolist() == [[0, 0], [-0.5, 0.5], [-0.5, 0.5], [0, 0]]
-    assert masked.zero_variance_P.tolist() == [True, False, False, False]
-    plain = updates.without_repeats(found, updates.digests(replace(sequences, actions=actions), None))
-    assert plain.advantage_PG.tolist() == [[0, 0], [0, 0], [-0.5, 0.5], [0, 0]]
-    assert plain.zero_variance_P.tolist() == [True, True, False, False]
+    plain, masked = updates.digests(sequences, None), updates.digests(sequences, mask)
+
+    def cancelled(learnt: list[bool], digests: list[str], **options: Any) -> bool:
+        return updates.cancelled(torch.tensor(learnt), digests, MethodConfig(**options))
+
+    assert cancelled([True, True, False], plain)
+    assert not cancelled([True, True, True], plain)
+    assert not cancelled([True, True, False], masked)  # the second group's masks differ
+    assert not cancelled([False, False, False], plain)  # nothing is learnt from anyway
+    assert not cancelled([True, True, False], plain, zero_variance="kl")
 
 
 def test_the_kl_of_such_groups_moves_the_weights_if_asked_to(
@@ -170,6 +183,27 @@ def test_pictures_and_norms_of_both_kinds(weights: Path, tmp_path: Path) -> None
     assert [line["kind"] for line in lines if "gradient_norm_by_step" in line] == ["prefix", "suffix"]
     names = sorted(path.name for path in (tmp_path / "run" / "gallery").iterdir())
     assert names == ["update-000003.png", "update-000004.png"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_pictures_judge_as_the_reward_does(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fold: bool
+) -> None:
+    seen = []
+    for name in ("save_gallery", "save_before_after"):
+        inner = getattr(folder, name)
+
+        def spy(*given: Any, inner: Any = inner, **named: Any) -> None:
+            seen.append(named["fold"])
+            inner(*given, **named)
+
+        monkeypatch.setattr(folder, name, spy)
+    run = {"updates": 1, "gallery_every": 1}
+    config = make_config(weights, tmp_path / "run", update="full", run=run)
+    reward = {"name": f"{__name__}:Read"} | ({} if fold else {"fold": False})
+    evaluation = replace(config.evaluation, enabled=True, count=2)
+    Trainer(replace(config, reward=reward, evaluation=evaluation)).run()
+    assert seen == [fold, fold]
 
 
 # --- Weights that are no numbers. ---

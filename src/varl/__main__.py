@@ -1,3 +1,3 @@
-from varl.cli import program
+from varl.cli import run
 
-program()
+run()

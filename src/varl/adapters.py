@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varl.config import AdapterConfig, PolicyConfig
-from varl.models.files import plain, read_safetensors
+from varl.models.files import plain, read_safetensors, write_safetensors
 from varl.models.weights import check_finite, check_fit, load_strict, unwrapped
 from varl.policy import Policy
 
@@ -159,7 +158,7 @@ def save_adapters(policy: Policy, config: AdapterConfig, path: Path) -> None:
     about = {"rank": config.rank, "alpha": config.alpha, "targets": targets}
     metadata = {"family": policy.family, "lora": json.dumps(about)}
     tensors = {key: value.detach().contiguous().cpu() for key, value in adapter_state(policy).items()}
-    save_file(tensors, path, metadata=metadata)
+    write_safetensors(tensors, path, metadata)
 
 
 def read_adapters(path: Path, family: str) -> tuple[AdapterConfig, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jsonargparse
 from rich.console import Console
@@ -17,12 +19,12 @@ from rich.text import Text
 
 from varl import commands
 from varl.effects import NoEffect
-from varl.ending import end_soon
+from varl.ending import end
 from varl.errors import InputError, Interrupted, RunError, checking
 from varl.recipes import check_nulls, check_recipe, check_words, parse_yaml, recipes_in, split_recipes
 from varl.rewards.guard import no_exit, told
 
-__all__ = ["main", "program"]
+__all__ = ["main", "run"]
 
 console = Console(stderr=True, markup=False)
 
@@ -239,15 +241,26 @@ def _carried_out(command: Command, config: Any) -> int:
         ) from end
 
 
-def program() -> NoReturn:
-    """``main`` as a program, which ends soon after it, whatever a reward leaves running."""
-    code = 1  # if it raises
+def run() -> NoReturn:
+    """``main`` as a process of its own: it ends with that exit code, whatever user code has left running."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where a name or a bar is not in the terminal's encoding
     try:
-        code = main()
-    finally:
-        end_soon(code)
-    sys.exit(code)
+        status: object = main()
+        print(end="", flush=True)
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException as error:
+        status = 1
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # files raise a RunError
+            if error.errno != errno.EPIPE:  # which is no fault: "varl | head -1"
+                _say("stopped:", f"the output cannot be written: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+        else:
+            sys.excepthook(*cast(Any, sys.exc_info()))
+    end(status)
 
 
 if __name__ == "__main__":
-    program()
+    run()

@@ -115,9 +115,8 @@ def _train(config: TrainConfig, distributed: Distributed) -> None:
         return
     if (pair := trainer.folder.before_after()) is not None:
         console.print(comparison_table(*pair))
-    picture = trainer.folder.path / "before_after.png"
-    if picture.exists():
-        console.print(f"before and after: {picture}")
+        if (picture := trainer.folder.path / "before_after.png").exists():  # of an earlier pair, if there is none now
+            console.print(f"before and after: {picture}")
     console.print(f"tuned weights: {trainer.folder.path / 'weights.safetensors'}", soft_wrap=True)
     if trainer.lora:
         console.print(f"their adapters: {trainer.folder.path / 'adapters.safetensors'}", soft_wrap=True)

@@ -189,8 +189,8 @@ class MethodConfig:
         logp: log-probabilities under the ``policy``'s own distribution (the paper's way), or the ``sampling`` one,
             which costs a second pass where rollouts are guided, and is then the safer one at high learning rates
             (docs/performance.md).
-        zero_variance: a group whose returns, or sequences, are all equal teaches nothing: ``drop`` leaves it out;
-            ``kl`` keeps its KL, which then moves the weights even where no group of an update has variance.
+        zero_variance: a group whose returns are all equal teaches nothing: ``drop`` leaves it out; ``kl`` keeps its KL,
+            which then moves the weights even where no group of an update has variance.
     """
 
     update: Literal["alternate", "full", "prefix", "suffix"] = "alternate"
@@ -230,10 +230,7 @@ class MethodConfig:
             self.continuations_by == "policy" or not ESTIMATORS[self.value].log_ratio,
             f"method.value {self.value} weighs continuations of the policy; with continuations_by reference use soft",
         )
-        need(
-            self.value != "policy" or self.eta < math.inf,
-            "method.value policy needs a finite method.eta; the mean of the rewards is method.value mean",
-        )
+        self._check_eta()
         if self.suffix_state == "reused":
             self._check_reuse()
         refuse_idle("method", self, self._idle())
@@ -262,6 +259,21 @@ class MethodConfig:
             (self.beta == 0, "with method.beta 0", ("kl", "zero_variance")),
             (self.epochs == 1, "with method.epochs 1, where every ratio is 1", ("clip", "ratio")),
         ]
+
+    def _check_eta(self) -> None:
+        """Refuse temperatures at which an estimator of log-ratios has no limit, or is one that needs none."""
+        if not self.has_prefix or not ESTIMATORS[self.value].log_ratio:
+            return
+        # One continuation is not weighed against others: the log-ratio is then added, as ``policy`` adds it.
+        need(
+            self.eta < math.inf or (self.value != "policy" and self.continuations > 1),
+            f"method.value {self.value} needs a finite method.eta here; the mean of the rewards is method.value mean",
+        )
+        same = "mean" if self.value == "policy" else "max"
+        need(
+            self.eta > 0,
+            f"method.value {self.value} with method.eta 0 is method.value {same}, which needs no reference: name that",
+        )
 
     @property
     def has_prefix(self) -> bool:
@@ -328,7 +340,12 @@ class OptimizerConfig:
         need(self.clip_norm > 0, f"optimizer.clip_norm must be positive, got {self.clip_norm}")
         need(self.warmup_updates >= 0, f"optimizer.warmup_updates must be 0 or more, got {self.warmup_updates}")
         refuse_idle(
-            "optimizer", self, [(self.warmup_updates == 0, "with optimizer.warmup_updates 0", ("warmup_from",))]
+            "optimizer",
+            self,
+            [
+                (self.warmup_updates == 0, "with optimizer.warmup_updates 0", ("warmup_from",)),
+                (self.warmup_from > self.learning_rate, "above optimizer.learning_rate", ("warmup_from",)),
+            ],
         )
 
 
@@ -371,6 +388,17 @@ class TrainConfig:
         method, optimizer, kind = self.method, self.optimizer, f"with method.update {self.method.update}"
         plain = method.logp == "sampling" and self.sampling.is_plain
         refuse_idle("method", method, [(plain, "where sampling is the policy's own distribution", ("logp",))])
+        need(
+            method.logp == "policy" or self.sampling.top_k != 1,
+            "method.logp sampling needs a sampling.top_k other than 1, where every log-probability is 0",
+        )
+        evaluations = 2 + ((self.run.updates - 1) // self.evaluation.every if self.evaluation.every else 0)
+        few = self.evaluation.alarm_window > evaluations
+        refuse_idle(
+            "evaluation",
+            self.evaluation,
+            [(few, f"with {evaluations} evaluations in all", ("alarm_window", "alarm_stops"))],
+        )
         refuse_idle(
             "optimizer",
             optimizer,

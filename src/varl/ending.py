@@ -1,4 +1,4 @@
-"""How processes end: those of a run together, when one fails or torchrun is killed, and each soon after its work."""
+"""How processes end: all of a run when one fails or torchrun is killed, and each without waiting for what hangs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from varl.errors import Interrupted
 from varl.run.signals import exit_at_once
 
-__all__ = ["OUTLIVED_S", "end_soon", "end_with_launcher", "guarded"]
+__all__ = ["OUTLIVED_S", "end", "end_with_launcher", "guarded"]
 
 FAILED = "failed"
 """Under this key of the processes' common store stands the first to fail."""
@@ -23,8 +25,8 @@ POLL_S, GRACE_S = 1.0, 5.0
 """How often a process looks whether another has failed, and how long it then may take to end by itself."""
 OUTLIVED_S = 2 * (POLL_S + GRACE_S)
 """For so long processes may go on of whom one was killed."""
-LINGER_S = 30.0
-"""How long the end of the program waits for what a reward left running, if that does not end by itself."""
+LEFT_S, FLUSHED_S = 5.0, 1.0
+"""How long Python's own end may take, which waits for what user code has left running; and then the last output."""
 
 
 def end_with_launcher() -> None:
@@ -37,28 +39,6 @@ def _end_without(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_S)
     exit_at_once(1)
-
-
-def end_soon(status: int, seconds: float = LINGER_S) -> None:
-    """Have this process end within some seconds, with an exit status and with what still ran named: Python itself waits
-    for threads, processes of ``multiprocessing`` and functions of ``atexit`` without end."""
-    threading.Thread(target=_end_after, args=(seconds, status), daemon=True).start()
-
-
-def _end_after(seconds: float, status: int) -> None:
-    time.sleep(seconds)
-    threads = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    processes = multiprocessing.active_children()
-    left = [f"thread {one.name}" for one in threads] + [f"process {one.name}" for one in processes]
-    said = f"ended without waiting any longer for {', '.join(left) or 'what was registered with atexit'}\n"
-    for process in processes:  # they would hold the terminal or pipe that this one writes to
-        process.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    with suppress(OSError):
-        os.write(2, said.encode(errors="replace"))
-    exit_at_once(status)
 
 
 @contextmanager
@@ -104,3 +84,53 @@ def _watch(store: dist.Store, done: threading.Event) -> None:
             failed = True
         if failed and not done.wait(GRACE_S):
             exit_at_once(1)
+
+
+def end(status: object) -> NoReturn:
+    """End this process as ``sys.exit`` does, but within some seconds.
+
+    Python waits for threads, child processes and functions of ``atexit``, however long they take. What still runs after
+    ``LEFT_S`` is named, child processes of ``multiprocessing`` among it are killed, and the process ends.
+
+    Args:
+        status: as ``sys.exit`` takes it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or nobody reads it
+            stream.flush()
+    code = status if isinstance(status, int) else int(status is not None)
+    # Both start now: Python starts no thread while it ends.
+    threading.Thread(target=_end_despite_all, args=(code,), daemon=True).start()
+    threading.Thread(target=_end_later, args=(code, LEFT_S + FLUSHED_S), daemon=True).start()
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def _end_despite_all(code: int) -> None:
+    time.sleep(LEFT_S)
+    left = ", ".join(_left())
+    for child in multiprocessing.active_children():
+        child.kill()  # or whoever reads the output of this process would wait for it
+    # Not to a stream, which may be what hangs.
+    os.write(2, f"still running {LEFT_S:g} s after the end, and not waited for any longer: {left}\n".encode())
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    exit_at_once(code)
+
+
+def _end_later(code: int, seconds: float) -> None:
+    time.sleep(seconds)
+    exit_at_once(code)
+
+
+def _left() -> list[str]:
+    """What keeps this process from ending: threads and child processes, or else the function of ``atexit``."""
+    main = threading.main_thread()
+    left = [f"thread {t.name!a}" for t in threading.enumerate() if t is not main and not t.daemon]
+    left += [f"process {child.name!a} ({child.pid})" for child in multiprocessing.active_children()]
+    frame = sys._current_frames().get(main.ident or 0)
+    if left or frame is None:
+        return left or ["Python's own end"]
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return [f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name!a}, line {frame.f_lineno})"]

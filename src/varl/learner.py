@@ -34,6 +34,7 @@ class Batch:
         shared: adjacent sequences whose tokens before ``steps`` are the same.
         reference_logp_BL: what ``Learner.reference_logp`` gives, if that is known already.
         total: sequences that the loss is divided by; where several processes learn together, those of all.
+        cancelled: all that is left of the gradient is rounding: no step is taken.
     """
 
     sequences: Rollout
@@ -46,6 +47,7 @@ class Batch:
     shared: int = 1
     reference_logp_BL: Tensor | None = None
     total: int | None = None
+    cancelled: bool = False
 
     @property
     def divisor(self) -> int:
@@ -100,7 +102,8 @@ class Learner:
         """One optimizer step an epoch on a batch; returns what there is to log.
 
         ``skipped`` counts the steps that were not taken: for a loss or gradient that is not finite (``not_finite`` of
-        them), or since no sequence carries a term, where momentum and weight decay alone would move the weights.
+        them), or since no sequence carries a term or all terms cancel, where momentum, weight decay or rounding alone
+        would move the weights.
         """
         if batch.reference_logp_BL is None:
             with stage("reference"):
@@ -133,7 +136,7 @@ class Learner:
                 of_all = [part for given in self.distributed.gather_values(plain) for part in given]
                 norm, taken = self._step(of_all, batch)
             log["skipped"] += not taken
-            log["not_finite"] += not taken and bool(of_all)
+            log["not_finite"] += bool(of_all) and not _finite(norm, of_all)
             log["gradient_norm"] = norm
             log |= _summary(of_all) if of_all else {"loss": 0.0}
         self.updates_taken += log["skipped"] < self.method.epochs
@@ -272,8 +275,7 @@ class Learner:
 
     def _step(self, parts: list[dict[str, Any]], batch: Batch) -> tuple[float, bool]:
         norm = self.distributed.clip(self.parameters, self.config.clip_norm)
-        finite = math.isfinite(norm) and all(math.isfinite(part["loss"]) for part in parts)
-        if not (finite and parts):
+        if batch.cancelled or not parts or not _finite(norm, parts):
             self.zero_grad()
             return norm, False
         optimizer = self.optimizers[batch.segment if len(self.optimizers) > 1 else ""]
@@ -283,6 +285,11 @@ class Learner:
         # Autocast keeps its casts of the weights until it is left: the next epoch would score with the old ones.
         torch.clear_autocast_cache()
         return norm, True
+
+
+def _finite(norm: float, parts: list[dict[str, Any]]) -> bool:
+    """Whether the gradient and every micro-batch's loss are finite."""
+    return math.isfinite(norm) and all(math.isfinite(part["loss"]) for part in parts)
 
 
 WATCHED = 32

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,8 @@ def row_index(rows: Tensor | Sequence[int], batch: int) -> Tensor:
     index = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     if index.ndim != 1 or (index.is_floating_point() and len(index)) or index.is_complex():
         raise ValueError(f"rows are a list of whole numbers or of booleans, not {list(index.shape)} of {index.dtype}")
+    if not isinstance(rows, Tensor) and len({isinstance(row, bool | np.bool_) for row in rows}) > 1:
+        raise ValueError("rows are a list of whole numbers or of booleans, not of both")
     if index.dtype == torch.bool:
         if len(index) != batch:
             raise ValueError(f"{len(index)} booleans cannot choose from {batch} rows; one a row is needed")
@@ -89,7 +92,13 @@ class Condition:
         return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, null)
 
     def repeat(self, k: int) -> Condition:
-        """Every row ``k`` times, copies adjacent."""
+        """Every row ``k`` times, copies adjacent.
+
+        Raises:
+            ValueError: if ``k`` is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"a row is repeated 1 time or more, not {k}")
         null = {key: v.repeat_interleave(k, 0) for key, v in self.null.items()} if self._own_null else self.null
         return Condition(self.schedule, {key: v.repeat_interleave(k, 0) for key, v in self.features.items()}, null)
 

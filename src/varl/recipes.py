@@ -92,7 +92,10 @@ def parse_yaml(text: str) -> Any:
         ValueError: as ``check_yaml``.
     """
     check_yaml(text)
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # a value that does not fit its tag fails in ways of its own
+        raise ValueError(str(error) if isinstance(error, yaml.YAMLError) else repr(error)) from error
 
 
 def check_yaml(text: str) -> set[str]:

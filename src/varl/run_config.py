@@ -193,7 +193,7 @@ class RunConfig:
             need(value == "auto" or value > 0, f"run.{name} must be positive, got {value}")
         share = self.max_failed_share
         need(0 <= share <= 1, f"run.max_failed_share must be in [0, 1], got {share}")
-        refuse_idle("run", self, [(share == 1, "with run.max_failed_share 1", ("failure_window",))])
+        refuse_idle("run", self, [(share in (0, 1), f"with run.max_failed_share {share:g}", ("failure_window",))])
         need(self.threads <= MOST_THREADS, f"run.threads must be at most {MOST_THREADS}, got {self.threads}")
         for name in ("threads", "rollout_batch", "gallery_every", "diagnose_every"):
             need(getattr(self, name) >= 0, f"run.{name} must be 0 or more, got {getattr(self, name)}")

@@ -13,6 +13,9 @@ __all__ = ["LOGITS", "Sampling", "draw", "filter_logits"]
 LOGITS = 2**23
 """Logits that are held at once; several tensors of their size are, while they are made and differentiated."""
 
+COLDEST = 1e-6
+"""The lowest temperature: logits divided by less could leave the range of their type."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,7 +27,7 @@ class Sampling:
             0 is off, and then no unconditional pass is made.
         top_k: keep the k most likely classes; 0 keeps all.
         top_p: keep the most likely classes until their probability reaches p; 1 keeps all.
-        temperature: divides the logits before truncation.
+        temperature: divides the logits before truncation; at least 1e-6.
     """
 
     guidance: float = 0.0
@@ -39,8 +42,10 @@ class Sampling:
             raise ValueError(f"top_k must be 0 (off) or a number of classes, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not COLDEST <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be at least {COLDEST:g}, and finite, got {self.temperature}; top_k 1 is greedy"
+            )
 
     @property
     def is_plain(self) -> bool:

@@ -68,14 +68,19 @@ def log_probs(
             logits are computed again in the backward pass.
 
     Raises:
-        ValueError: if the actions do not cover the steps, or ``shared`` does not divide the rows.
+        ValueError: if the actions do not cover the steps, ``shared`` does not divide the rows, ``chunk`` is less than
+            1, or ``prefix_gradient`` is False beside a ``prefix``, which has the gradients that it was read with.
     """
     schedule = condition.schedule
     steps = range(len(schedule)) if steps is None else steps
     span = schedule.span(steps)
     if actions.shape[1] < span.stop:
         raise ValueError(f"steps {steps} need {span.stop} tokens, the actions have {actions.shape[1]}")
-    if len(actions) % shared:
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 token or more, got {chunk}")
+    if prefix is not None and not prefix_gradient:
+        raise ValueError("prefix_gradient False has no effect on a prefix that is given; read it without gradients")
+    if shared < 1 or len(actions) % shared:
         raise ValueError(f"{len(actions)} rows are no groups of {shared} that share a prefix")
     wanted = actions[:, span]
     if keep is not None and keep.ndim == 1:

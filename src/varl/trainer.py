@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
-from varl.algorithm import Advantages
 from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
@@ -37,6 +36,7 @@ from varl.run import faults, state
 from varl.run.failures import FailureWindow
 from varl.run.folder import RunFolder
 from varl.run.loop import run_updates
+from varl.run.notices import Notices
 from varl.sizing import FIRST, fastest_micro_batch
 
 __all__ = ["Trainer"]
@@ -149,7 +149,7 @@ class Trainer:
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
-        self._no_variance = False
+        self._notices = Notices()
         patience = OUTLIVED_S if self.distributed.size > 1 else 0.0
         self.folder = RunFolder(config, self.distributed.main, patience)
         try:
@@ -192,9 +192,9 @@ class Trainer:
         with self.stage("mask"):
             mask = updates.masks(output, plan, self.schedule, method.mask, self.schedule.image_size)
             mask_BL = None if mask is None else mask[:, self.schedule.span(plan.steps)]
-        digests = self.distributed.gather_values(updates.digests(drawn.trained, mask_BL))
-        advantages = updates.without_repeats(advantages, [digest for own in digests for digest in own])
         learnt_from_P = updates.learnt_from(advantages, method)
+        digests = self.distributed.gather_values(updates.digests(drawn.trained, mask_BL))
+        cancelled = updates.cancelled(learnt_from_P, [digest for own in digests for digest in own], method)
         batch = Batch(
             sequences=drawn.trained,
             steps=plan.steps,
@@ -206,11 +206,14 @@ class Trainer:
             shared=self._shared(plan),
             reference_logp_BL=sampled.reference_logp,
             total=total,
+            cancelled=cancelled,
         )
         record = updates.record(plan, self.distributed.gather_scores(output), value_PG, advantages)
         with self.precision():
             record |= self.learner.learn(batch, self.stage, self._due(self.config.run.diagnose_every))
-        self._warn_of_no_variance(advantages, learnt_from_P)
+        if self.distributed.main:
+            self._notices.no_variance(self.update + 1, advantages, learnt_from_P, cancelled)
+            self._notices.no_regions(output, method.mask)
         if self.ema is not None:
             self.ema.update()
         show = self._due(self.config.run.gallery_every)
@@ -329,7 +332,7 @@ class Trainer:
             self.folder.evaluation(self.update, self.pictures, result, self.config.evaluation.alarm_window)
         self.evaluated = self.update
         score = result.estimate(result.metrics[0]).value
-        if self.best is None or score > self.best[1]:
+        if self.best is None or score > self.best[1] or self.best[0] == self.update:  # the same, measured anew
             self.best = self.update, score
             self._export("best.safetensors")
         faults.point("evaluated")
@@ -354,6 +357,7 @@ class Trainer:
             logger.info("going on from update %d", self.update)
         if self.distributed.main:
             self.folder.begin(self.update, self.held_out)
+        state.forget_removed(self)
 
     def finish(self) -> None:
         """Write the finished weights in the family's own format, and adapters as a file of their own."""
@@ -388,15 +392,6 @@ class Trainer:
             for u in range(self.update, -(-(self.update + 1) // every) * every)
         ]
         return kinds[0] not in kinds[1:]
-
-    def _warn_of_no_variance(self, advantages: Advantages, learnt_from_P: Tensor) -> None:
-        """Say so where no group of an update has anything to teach, at the first of several in a row."""
-        none = not advantages.advantage_PG.any() and bool(advantages.zero_variance_P.any())
-        if none and not self._no_variance:
-            then = "its step follows the KL alone" if learnt_from_P.any() else "it takes no step"
-            what = "in every group the returns, or the sequences, are equal"
-            logger.warning("update %d: %s; %s", self.update + 1, what, then)
-        self._no_variance = none
 
     def _decode(self, actions: Tensor) -> Tensor:
         parts = actions.split(self.learner.micro_batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "Kind",
     "Plan",
     "advantages",
+    "cancelled",
     "digests",
     "draw",
     "kind_of_update",
@@ -32,7 +33,6 @@ __all__ = [
     "plan",
     "record",
     "returns",
-    "without_repeats",
 ]
 
 Kind = Literal["full", "prefix", "suffix"]
@@ -288,23 +288,19 @@ def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Adva
     return group_advantages(value_PG, valid_PG, kind=method.advantage)
 
 
-def without_repeats(found: Advantages, digests: Sequence[str]) -> Advantages:
-    """The advantages, where a group of one sequence that was drawn again and again counts as one without variance.
+def cancelled(learnt_from_P: Tensor, digests: Sequence[str], method: MethodConfig) -> bool:
+    """Whether all that is left of an update's gradient is rounding, which AdamW would scale to a full step.
 
-    Whatever its returns, it teaches nothing: its advantages add up to 0, and AdamW would scale the rounding that is
-    left of its gradient to a full step.
+    So it is where every group that is learnt from drew a single sequence again and again: whatever its returns, its
+    advantages add up to 0. The KL alone moves weights only if ``method.zero_variance`` asks for that.
 
     Args:
         digests: those of every sequence, group by group.
     """
-    group = found.advantage_PG.shape[1]
-    groups = [digests[first : first + group] for first in range(0, len(digests), group)]
-    same_P = torch.tensor([len(set(own)) == 1 for own in groups]) & ~found.dropped_P
-    return replace(
-        found,
-        advantage_PG=found.advantage_PG.masked_fill(same_P[:, None], 0),
-        zero_variance_P=found.zero_variance_P | same_P,
-    )
+    group = len(digests) // len(learnt_from_P)
+    several = [len(set(digests[first : first + group])) > 1 for first in range(0, len(digests), group)]
+    telling = (learnt_from_P & torch.tensor(several)).any()
+    return method.zero_variance == "drop" and bool(learnt_from_P.any()) and not telling
 
 
 def digests(sequences: Rollout, mask_BL: Tensor | None) -> list[str]:
@@ -344,11 +340,13 @@ def masks(
 
 def record(plan: Plan, scores: RewardOutput, value_PG: Tensor, found: Advantages) -> dict[str, Any]:
     """What the log says of all processes' scores, and of the returns and advantages made of them."""
-    kept, fine = ~found.dropped_P, ~scores.failed
+    kept = ~found.dropped_P
     parts = {"score": scores.score, **scores.parts}
+    # A part may be unknown of a picture that has a score.
+    known = {name: value[~scores.failed & ~value.isnan()] for name, value in parts.items()}
     return {
         "kind": plan.kind,
-        "reward": {name: float(value[fine].mean()) if fine.any() else None for name, value in parts.items()},
+        "reward": {name: float(value.mean()) if len(value) else None for name, value in known.items()},
         "failed_pictures": int(scores.failed.sum()),
         "failed_share": float(scores.failed.float().mean()),
         "return": float(value_PG[kept].mean()) if kept.any() else None,

@@ -111,6 +111,26 @@ def test_the_alarm_of_a_run(
     assert caplog.text.count("the training reward rises while held-out reward falls") == sum(map(bool, expected))
 
 
+class Levels(Hacked):
+    """Suffix updates, of four pictures, are worth more than prefix updates, of eight; neither rises."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        level = self.held_out.pop(0) if len(images) == HELD_OUT else {8: 0.0, 4: 5.0}[len(images)]
+        return level + 0.01 * torch.arange(len(images))
+
+
+def test_kinds_of_updates_that_are_worth_unequally_are_no_rise(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", FALLS, 2, stops=True)
+    method = MethodConfig(prompts=2, group=2, middle="grid:3", prefix_updates=4, suffix_updates=4)
+    reward = {"name": f"{__name__}:Levels", "held_out": list(FALLS)}
+    evaluation, run = replace(config.evaluation, every=8), replace(config.run, updates=8)
+    Trainer(replace(config, method=method, reward=reward, evaluation=evaluation, run=run)).run()
+    lines = read_metrics(tmp_path / "run")
+    assert [line["kind"] for line in lines] == ["prefix"] * 4 + ["suffix"] * 4
+    assert rise([line["reward"]["score"] for line in lines])[0] > 4
+    assert alarms(tmp_path / "run") == [[], []]
+
+
 def test_the_alarm_stops_a_run_if_asked_to(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", FALLS, 2, stops=True)
     for _ in range(2):  # the same command does not go on over it

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from varl.adapters import read_adapters
 from varl.models import load_policy
-from varl.models.files import plain
+from varl.models.files import plain, read_safetensors, write_safetensors
 from varl.models.weights import read_tensors
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2), "steps": torch.arange(3)}
@@ -46,6 +46,20 @@ def test_stand_ins_of_adapters_and_inkling_are_named(tmp_path: Path, case: str) 
     for read in (lambda: read_adapters(path, "inkling"), lambda: load_policy("inkling", weights=path)):
         with pytest.raises(ValueError, match=STAND_INS[case][1]):
             read()
+
+
+def test_equal_content_is_written_as_equal_bytes(tmp_path: Path) -> None:
+    """With the text that JSON escapes, or not, in keys and values."""
+    odd = {'é"\\\n\x01\x7f\u2028': "\U0001f600/<", "config": '{"a": 1}'} | {f"key {i}": str(i) for i in range(6)}
+    for metadata in (odd, {"family": "x", "lora": "y"}, {}, None):
+        written = set()
+        for _ in range(8):
+            write_safetensors(TENSORS, path := tmp_path / "a.safetensors", metadata)
+            written.add(path.read_bytes())
+        assert len(written) == 1
+        tensors, found = read_safetensors(path)
+        assert found == (metadata or {})
+        assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
 
 
 def test_legacy_files_load(tmp_path: Path) -> None:
@@ -155,6 +169,13 @@ def test_an_index_without_a_map_is_none(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "a.index.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="is not an index of shards: it has no weight_map"):
+        read_tensors(path)
+
+
+def test_json_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {"a": "old.safetensors", "a": "new.safetensors"}}')
+    with pytest.raises(ValueError, match=r"json gives 'a' again, 'new\.safetensors' after 'old\.safetensors'$"):
         read_tensors(path)
 
 

@@ -38,6 +38,10 @@ def test_prompts_that_are_cut(recwarn):
         UserWarning, match=r"prompt 2, 'abcdefgh', of whose 8 tokens the text encoder reads 6, and 1 more"
     ):
         check_prompts(Counting(), [Prompt("abc"), Prompt("abcdefgh", ("ab",)), Prompt("abcdefxx")], schedule)
+    # Wanted more often than the text has it, or less often: what is kept has what can be had.
+    for prompt in (Prompt("ab cdefgh", ("ab", "ab")), Prompt("ab cdefab", ("ab",)), Prompt("abcdefgh", ("x",))):
+        with pytest.warns(UserWarning, match="prompt 1, .* of whose . tokens the text encoder reads 6 has no effect"):
+            check_prompts(Counting(), [prompt], schedule)
     for prompt in (Prompt("abcdefgh", ("ab", "gh")), Prompt("abcdefg", ("fg",)), Prompt("ab ab ab", ("ab",) * 3)):
         with pytest.raises(ValueError, match=r"in prompt 1, .* the wanted text '(gh|fg|ab)' stands in what is cut"):
             check_prompts(Counting(), [prompt], schedule)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import varl
-from varl.rewards import guard
+from varl.rewards import guard, modes
 from varl.rewards.base import FailureLog
 from varl.rewards.checks import checked_text
 from varl.rewards.guard import Told, told, undisturbed, where
@@ -44,7 +44,7 @@ def test_only_handlers_that_were_changed_are_set_again(monkeypatch: pytest.Monke
     held = {signal.SIGUSR1: "other", signal.SIGUSR2: "same", signal.SIGTERM: "strange"}
     monkeypatch.setattr(signal, "getsignal", held.get)
     monkeypatch.setattr(signal, "signal", lambda *given: calls.append(given))
-    guard._set_handlers({signal.SIGUSR1: "mine", signal.SIGUSR2: "same", signal.SIGTERM: None})
+    modes._set_handlers({signal.SIGUSR1: "mine", signal.SIGUSR2: "same", signal.SIGTERM: None})
     assert calls == [(signal.SIGUSR1, "mine")]
 
 

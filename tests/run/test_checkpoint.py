@@ -106,6 +106,32 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["update-000010", "update-000030"]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_links_and_files_in_place_of_checkpoints_are_removed_and_what_they_lead_to_stays(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    folder = tmp_path / "checkpoints"
+    saved(folder, 10, 20, 30)
+    if elsewhere:
+        (folder / "update-000010").rename(tmp_path / "other-disk")
+        (folder / "update-000010").symlink_to(tmp_path / "other-disk")
+    (folder / "partial.update-000040").write_text("a file")
+    (folder / "partial.update-000010").write_text("where the old one is moved to be removed")
+    found = Checkpoints(folder, 2).latest()
+    assert found is not None
+    assert names(folder) == ["update-000020", "update-000030"]
+    assert not elsewhere or read_manifest(tmp_path / "other-disk")["update"] == 10
+
+
+def test_equal_checkpoints_have_equal_bytes(tmp_path: Path) -> None:
+    """The metadata of a safetensors file is written in random order, unless it is put in order."""
+    shards = set()
+    for number in range(6):
+        saved(tmp_path / str(number), 10)
+        shards |= {path.read_bytes() for path in (tmp_path / str(number)).rglob("*") if path.is_file()}
+    assert len(shards) == 2  # the tensors and the manifest
+
+
 def test_more_than_a_million_updates_are_in_order(tmp_path: Path) -> None:
     saved(tmp_path, 999_999, 1_000_000, keep=1)
     assert names(tmp_path) == ["update-1000000"]
@@ -125,6 +151,11 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def in_place(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda folder: os.truncate(shard(folder), 100), "has 100 bytes, not"),
     "a flipped bit": (lambda folder: change(shard(folder), -1), "was altered: its SHA-256"),
@@ -133,6 +164,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file too many": (lambda folder: (folder / "more.safetensors").touch(), "is not in the manifest"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (lambda folder: os.truncate(folder / "manifest.json", 50), "manifest.json cannot be read"),
+    "a pipe": (lambda folder: in_place(folder / "manifest.json", os.mkfifo), "manifest.json is no file"),
+    "a folder": (lambda folder: in_place(shard(folder), os.mkdir), "is no file"),
     "an edited manifest": (lambda folder: edit(folder / "manifest.json", values={}), "manifest.json was altered"),
     "a manifest of another kind": (lambda folder: (folder / "manifest.json").write_text("[]"), "cannot be read"),
 }

@@ -320,6 +320,53 @@ def test_other_held_out_prompts_are_a_new_baseline(copy: Path, caplog: pytest.Lo
     assert not caplog.messages
 
 
+# --- What evaluations left, removed ---
+
+
+def test_without_its_evaluations_a_run_has_a_new_baseline(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, best = moved(make_config(copy, 4)), copy / "run" / "best.safetensors"
+    shutil.rmtree(copy / "run" / "evaluations")
+    best.unlink()
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(config)
+    assert f"the evaluation after update 3 is not in {copy / 'run' / 'evaluations'}; the prompts" in caplog.text
+    assert f"{best}, the best weights so far, of update" in caplog.text
+    assert trainer.evaluated is None
+    assert (trainer.best is None) == ("the next evaluation's take its place" in caplog.text)
+    for update, nowhere in ((0, True), (3, False)):  # there is a checkpoint of update 3
+        assert trainer.folder.name_removed(3, (update, 9.0)) == [True, nowhere]
+    trainer.best = (3, 9.0)  # the evaluation of just these weights writes them again, though it is no better
+    trainer.run()
+    assert trainer.folder.evaluated() == [3, 4]
+    assert best.exists()
+
+
+@pytest.mark.parametrize(
+    ("removed", "named", "shown"),
+    [("none", "", True), ("*000003.*", "the run goes on without it", True), ("*", "as a new baseline", False)],
+)
+def test_removed_evaluations_are_named_and_no_picture_of_an_earlier_pair_is_shown(
+    copy: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    removed: str,
+    named: str,
+    shown: bool,
+) -> None:
+    config = moved(make_config(copy))
+    (copy / "run" / "before_after.png").write_bytes(b"of an earlier pair")
+    for path in (copy / "run" / "evaluations").glob(removed):
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        commands.train(config)
+    said = capsys.readouterr().out
+    assert "tuned weights" in said
+    assert ("before and after" in said) is shown
+    assert ("the evaluation after update 3 is not in" in caplog.text) is bool(named)
+    assert named in caplog.text
+    assert "best.safetensors" not in caplog.text
+
+
 def test_evaluations_of_other_prompts_are_never_paired(copy: Path) -> None:
     """However they came into the folder."""
     config = moved(make_config(copy))

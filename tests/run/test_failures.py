@@ -125,8 +125,10 @@ def test_failures_are_remembered_by_a_run_that_is_killed(weights: Path, tmp_path
     assert list(Trainer(replace(config, run=replace(config.run))).failures.shares) == [(1.0, 0.0)]
 
 
-def test_gradients_that_are_not_finite_skip_the_step_and_count(weights: Path, tmp_path: Path) -> None:
-    trainer = Trainer(make_config(weights, tmp_path, 9, failure_window=4, max_failed_share=0.5))
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_gradients_that_are_not_finite_skip_the_step_and_count(weights: Path, tmp_path: Path, epochs: int) -> None:
+    config = make_config(weights, tmp_path, 9, failure_window=4, max_failed_share=0.5)
+    trainer = Trainer(replace(config, method=replace(config.method, epochs=epochs)))
     head = trainer.policy.trainable.get_parameter("head.weight")
     head.register_hook(lambda gradient: gradient * torch.nan)
     before = head.detach().clone()
@@ -135,7 +137,7 @@ def test_gradients_that_are_not_finite_skip_the_step_and_count(weights: Path, tm
     ):
         trainer.run()
     assert torch.equal(head, before)
-    assert [line["skipped"] for line in read_metrics(tmp_path)] == [1, 1, 1]
+    assert [line["skipped"] for line in read_metrics(tmp_path)] == [epochs] * 3
     assert read_metrics(tmp_path)[0]["gradient_norm"] is None
 
 

@@ -73,6 +73,14 @@ def test_a_second_holder_is_refused_and_told_who_has_the_folder(tmp_path: Path) 
     FolderLock(tmp_path / "run").release()
 
 
+def test_a_lock_whose_file_was_closed_is_released_without_error(tmp_path: Path) -> None:
+    """By a reward that closes every file."""
+    lock = FolderLock(tmp_path)
+    os.close(lock._file.fileno())
+    lock.release()
+    FolderLock(tmp_path).release()
+
+
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     reading, writing_end = os.pipe()
     child = os.fork()

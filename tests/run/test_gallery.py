@@ -144,6 +144,28 @@ def test_before_after_marks_hits_and_misses(tmp_path, images):
     assert everything[1] == 0
 
 
+def test_an_edge_is_green_only_if_all_of_several_texts_were_read(tmp_path, images):
+    prompts, found = [Prompt("", words=("keba", "lux"))] * 3, []
+    for read in ("keba", "keba lux"):
+        save_before_after(tmp_path / "ba.png", prompts, images, images, [read, "", ""], [""] * 3)
+        found.append(count(load(tmp_path / "ba.png"), gallery.HIT))
+    assert 0 < found[0] < 200
+    assert found[1] > 4 * 192
+
+
+def test_words_are_green_as_the_reward_compares_them(tmp_path, images):
+    """Here an accent of its own letter beside the same as one letter, which are equal only if folded."""
+    prompts, read = [Prompt("", words=("CAFE\u0301",))] * 3, ["CAF\u00c9"] * 3
+    for fold in (True, False):
+        save_before_after(tmp_path / "ba.png", prompts, images, images, read, read, fold=fold)
+        score = torch.ones(3)
+        save_gallery(tmp_path / "g.png", prompts, images, score, None, read, None, SCHEDULE, fold=fold)
+        for name in ("ba.png", "g.png"):
+            sheet = load(tmp_path / name)
+            hits, misses = count(sheet, gallery.HIT), count(sheet, gallery.MISS)
+            assert (hits > 20, misses > 20) == (fold, not fold), name
+
+
 def test_before_after_places(tmp_path, images):
     path = tmp_path / "ba.png"
     save_before_after(path, PROMPTS, images, images.flip(3), ["", "", ""], ["", "", ""], columns=2)

@@ -92,7 +92,7 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
     assert [line["update"] for line in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", ["{", "[1]", '{"a": 1}'])
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"a": 1}', '{"update": true}', '{"update": 2.0}'])
 def test_a_broken_line_elsewhere_is_an_error_to_readers_and_kept_by_writers(tmp_path, caplog, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text(broken := f'{{"update": 1}}\n{bad}\n{{"update": 3}}\n')
@@ -111,9 +111,26 @@ def test_a_broken_line_elsewhere_is_an_error_to_readers_and_kept_by_writers(tmp_
     assert (tmp_path / "metrics.jsonl.damaged-2").exists()
 
 
+@pytest.mark.parametrize("later", [[99999999999999999999], [5], [3, 5], [4, 5]])
+def test_later_lines_that_do_not_follow_are_kept(tmp_path, caplog, later):
+    """A run that was killed leaves lines after its last checkpoint, one an update: they are only dropped."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := "".join(f'{{"update": {update}}}\n' for update in (1, 2, *later)))
+    with caplog.at_level(logging.WARNING):
+        writer = MetricsWriter(tmp_path, tensorboard=False)
+        assert not caplog.messages
+        writer.truncate_after(2)
+    strange = later[0] if later[0] != 3 else 5
+    assert f"{path} has a line of update {strange}, but none of the update before it" in caplog.text
+    assert "the file is kept as metrics.jsonl.damaged" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == before
+    writer.write({"update": 3})
+    assert [line["update"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_missing_lines_are_named(tmp_path, caplog):
     writer = MetricsWriter(tmp_path, tensorboard=False)
-    for update in (1, 2, 5):
+    for update in (1, 2, 3):
         writer.write(record(update))
     with caplog.at_level(logging.WARNING):
         writer.truncate_after(2)

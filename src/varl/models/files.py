@@ -1,4 +1,4 @@
-"""Files of strangers: what kind each one really is, and what it holds, read without executing code."""
+"""Files of strangers: what kind each one really is, and what it holds, read without executing code; and our own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import errno
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["plain", "read_json", "read_safetensors", "read_torch"]
+from varl.strict_json import RepeatedKey, parse_json
+
+__all__ = ["plain", "read_json", "read_safetensors", "read_torch", "sort_metadata", "write_safetensors"]
 
 HEAD = 512
 MOST_JSON = 64 * 2**20
@@ -58,13 +62,15 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: if it is none, or larger than ``MOST_JSON``.
+        ValueError: if it is none, gives a key twice, or is larger than ``MOST_JSON``.
     """
     _head(path, "JSON file")
     if (size := path.stat().st_size) > MOST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; a JSON file beside weights has at most {MOST_JSON:,}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
+    except RepeatedKey as error:
+        raise ValueError(f"{path} {plain(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {plain(error)}") from error
 
@@ -84,6 +90,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in list(file.keys())}, dict(file.metadata() or {})
     except Exception as error:
         raise ValueError(f"{path} is not a whole safetensors file: {plain(error)}") from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and metadata; the same ones always give the same bytes.
+
+    Args:
+        tensors: by name; contiguous, and none of them a part of another.
+    """
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file, which its library writes in random order, in the order of its keys."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(text) == size:  # as it is, but for another spelling of the same text
+                file.seek(8)
+                file.write(text)
 
 
 def read_torch(path: Path) -> Any:

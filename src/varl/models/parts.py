@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from varl.models.files import write_safetensors
 from varl.models.weights import Source, describe, part_sources, read_tensors
 
 __all__ = ["find_parts", "in_trainer", "read_part", "save_parts", "state_of", "write_tensors"]
@@ -85,7 +85,7 @@ def write_tensors(content: Mapping[str, Any], path: Path, metadata: dict[str, st
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     if path.suffix == ".safetensors":
-        save_file(dict(content), beside, metadata)
+        write_safetensors(content, beside, metadata)
     else:
         torch.save(content, beside)
     os.replace(beside, path)

@@ -45,7 +45,13 @@ class DrawState:
         return next(iter(self.drawn.values())).shape[0]
 
     def fork(self, k: int) -> DrawState:
-        """Every row ``k`` times, copies adjacent."""
+        """Every row ``k`` times, copies adjacent.
+
+        Raises:
+            ValueError: if ``k`` is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"a state is forked into 1 or more, not {k}")
         return self.select(torch.arange(self.batch, device="cpu").repeat_interleave(k))
 
     def select(self, rows: Tensor | Sequence[int]) -> DrawState:

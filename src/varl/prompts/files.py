@@ -12,6 +12,7 @@ from typing import Any
 
 from varl.policy import Box, Prompt
 from varl.prompts.quotes import quoted_words
+from varl.strict_json import RepeatedKey, parse_json
 
 __all__ = ["MOST_LABELS", "check_size", "load_prompts"]
 
@@ -44,7 +45,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file has another ending, is not UTF-8, holds no prompt, or a line or entry is not of its
-            format, or longer than a prompt can be; the message names it.
+            format, gives a key twice, or is longer than a prompt can be; the message names it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -140,7 +141,9 @@ def _cell(name: str, cell: str, where: str, ending: str) -> Any:
 
 def _parse(content: str, where: str, suffix: str) -> Any:
     try:
-        return json.loads(content)
+        return parse_json(content)
+    except RepeatedKey as error:
+        raise ValueError(f"{where}: {error}; {_RIGHT[suffix]}") from error
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or nesting without end
         line = f", line {error.lineno}" if suffix == ".json" and isinstance(error, json.JSONDecodeError) else ""
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)

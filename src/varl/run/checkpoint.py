@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import varl
 from varl.errors import RunError
+from varl.models.files import sort_metadata
 from varl.run import faults
 from varl.run.files import beside, set_aside, sync, writing
 
@@ -66,6 +67,8 @@ def read_manifest(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     Raises:
         Damaged: if anything is not as it was written.
     """
+    if strange := sorted(path.name for path in folder.glob("*") if not path.is_file()):  # a pipe would be read for ever
+        raise Damaged(f"{strange[0]} is no file")
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         stated = manifest.pop("sha256")
@@ -292,6 +295,9 @@ class Checkpoints:
             faults.point(f"checkpoint {name}")
 
     def _finish(self, path: Path, partial: Path, update: int, values: dict[str, Any], best: int | None) -> None:
+        for shard in partial.glob("*.safetensors"):
+            sort_metadata(shard)
+            sync(shard)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _hash(p)} for p in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "varl": varl.__version__, "torch": str(torch.__version__), "update": update}
         manifest |= {"best": best, "values": values, "files": files}
@@ -357,13 +363,20 @@ def _hash(path: Path) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder if it is there; killed in between, what is left does not look like a checkpoint."""
-    if folder.exists():
-        doomed = folder if folder.name.startswith("partial.") else beside(folder)
-        if doomed != folder:
-            shutil.rmtree(doomed, ignore_errors=True)
-            folder.rename(doomed)
+    """Remove a folder if it is there; killed in between, what is left does not look like a checkpoint.
+
+    A file in its place is removed too, and a link, but not what it leads to.
+    """
+    if not os.path.lexists(folder):
+        return
+    doomed = folder if folder.name.startswith("partial.") else beside(folder)
+    if doomed != folder:
+        _remove(doomed)
+        folder.rename(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
         shutil.rmtree(doomed)
+    else:
+        doomed.unlink()
 
 
 def _reason(error: CheckpointException) -> str:

@@ -17,9 +17,20 @@ from safetensors import SafetensorError
 from varl.errors import RunError
 from varl.run import faults
 
-__all__ = ["FolderLock", "beside", "check_writable", "free_name", "replacing", "set_aside", "sync", "writing"]
+__all__ = [
+    "FolderLock",
+    "beside",
+    "check_writable",
+    "free_name",
+    "need_file",
+    "need_folder",
+    "replacing",
+    "set_aside",
+    "sync",
+    "writing",
+]
 
-RESUMED = "what was written before is whole, and once there is room the same command goes on from the last checkpoint"
+RESUMED = "what was written before is whole; put that right, and the same command goes on from the last checkpoint"
 
 
 def beside(path: Path) -> Path:
@@ -57,6 +68,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def need_file(path: Path) -> None:
+    """Refuse what is there in place of a file, before it is read or replaced: a pipe or a device may have no end.
+
+    Raises:
+        ValueError: naming it, and what it is.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise ValueError(f"{path} is {what}, where a file belongs; move it away")
+
+
+def need_folder(path: Path) -> None:
+    """Refuse what is there in place of a folder, or of one above it.
+
+    Raises:
+        ValueError: naming it.
+    """
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{there} is no folder, but one belongs there; move it away")
+
+
 def check_writable(path: Path) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold.
 
@@ -71,8 +104,8 @@ def check_writable(path: Path) -> None:
         raise FileNotFoundError(f"there is no folder {folder} to write {path.name} into")
     new = not path.exists()
     try:
-        with path.open("xb" if new else "ab"):
-            pass
+        # Not to wait for somebody who reads, if it is a pipe.
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | (os.O_CREAT | os.O_EXCL if new else os.O_APPEND), 0o666))
         if new:
             path.unlink()
     except OSError as error:
@@ -93,6 +126,8 @@ def writing(path: Path, remedy: str = RESUMED) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        at = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+        reason += f" ({at})" if at is not None and str(at) != str(path) else ""
         raise RunError(f"{path} cannot be written: {reason}; {remedy}") from error
 
 
@@ -138,13 +173,18 @@ class FolderLock:
         patience: seconds to wait for another process that holds it.
 
     Raises:
-        ValueError: if another process holds it still.
+        ValueError: if another process holds it still, or it is no folder.
         RunError: if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, patience: float = 0.0) -> None:
         path = folder / "lock"
-        with writing(path):
+        try:
+            need_folder(folder)
+            need_file(path)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be written: {error}, or choose another --run.out") from error
+        with writing(path, "put that right, or choose another --run.out"):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
             if not self._held(patience):
@@ -172,4 +212,5 @@ class FolderLock:
                 time.sleep(0.1)
 
     def release(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closed by a reward that closed every file: the kernel has let go then
+            self._file.close()

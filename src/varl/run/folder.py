@@ -26,7 +26,7 @@ from varl.policy import Prompt
 from varl.recipes import read_yaml
 from varl.run.checkpoint import Checkpoints
 from varl.run.evaluations import Evaluations
-from varl.run.files import FolderLock, free_name, replacing, set_aside, writing
+from varl.run.files import FolderLock, beside, free_name, need_file, need_folder, replacing, set_aside, writing
 from varl.run.gallery import save_before_after, save_gallery
 from varl.run.metrics import MetricsWriter, read_metrics
 from varl.run.progress import FINISHED, Progress, note_start
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "plain"]
 
 logger = logging.getLogger(__name__)
+
+_FILES = ("config.yaml", "metrics.jsonl", "starts.jsonl", "progress.json", "micro_batches.json", "before_after.png")
+_FOLDERS = {"evaluations": ("*.json", "*.pt"), "gallery": ("*.png",), "checkpoints": ()}
+"""What a run writes, beside ``FINISHED``: files, and folders with patterns of the files in them."""
 
 _MAY_CHANGE = {
     "run": (
@@ -80,6 +84,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig, main: bool = True, patience: float = 0.0) -> None:
         self.path, self._config = config.run.out, plain(asdict(config))
         self.identity = _identity(self._config)
+        self._fold = not isinstance(config.reward, dict) or config.reward.get("fold") not in (False, "false")
         self._progress, self._evaluations = Progress(self.path), Evaluations(self.path / "evaluations")
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.run.keep, self._progress.note)
         self._lock = FolderLock(self.path, patience) if main else None
@@ -107,13 +112,17 @@ class RunFolder:
 
     def _check(self, config: dict[str, Any]) -> None:
         """Refuse a folder whose work would be lost, before anything in it is changed."""
+        self._check_kinds()
         file = self.path / "config.yaml"
         if file.exists():
             try:
-                earlier = _fixed(dict(read_yaml(file)["config"]))
-            except (ValueError, LookupError, TypeError) as error:
+                kept = read_yaml(file)
+                earlier = kept.get("config") if isinstance(kept, dict) else None
+                if not isinstance(earlier, dict):
+                    raise ValueError("it has no configuration under 'config'")
+            except ValueError as error:
                 raise ValueError(f"{file} is not as a run wrote it ({error}); choose another --run.out") from error
-            changed = _differences(earlier, _fixed(config))
+            changed = _differences(_fixed(earlier), _fixed(config))
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}); "
@@ -126,6 +135,19 @@ class RunFolder:
                 f"overwrite them. Choose another --run.out, put {self.checkpoints.folder} back, or move the folder "
                 "away to begin again"
             )
+
+    def _check_kinds(self) -> None:
+        """Refuse a folder where a file belongs, a pipe, and the like, which would end the run late, or never."""
+        try:
+            for name in (*_FILES, *FINISHED):
+                need_file(self.path / name)
+                need_file(beside(self.path / name))
+            for name, patterns in _FOLDERS.items():
+                need_folder(self.path / name)
+                for path in (path for pattern in patterns for path in (self.path / name).glob(pattern)):
+                    need_file(path)
+        except ValueError as error:
+            raise ValueError(f"{error}, or choose another --run.out") from error
 
     def begin(self, update: int, held_out: Sequence[Prompt] = ()) -> None:
         """Note what the run begins or goes on with, and drop what later updates left behind.
@@ -150,6 +172,30 @@ class RunFolder:
                 "compared with nothing that follows",
                 to,
             )
+
+    def name_removed(self, evaluated: int | None, best: tuple[int, float] | None) -> list[bool]:
+        """Warn of what evaluations had left and is gone.
+
+        Args:
+            evaluated: the update of the last evaluation.
+            best: the update and the score of the best one.
+
+        Returns:
+            Whether no evaluation is left, so that a new baseline is due; and whether the best weights are nowhere left.
+        """
+        file, no_best, none_left = self.path / "best.safetensors", False, False
+        if best is not None and not file.exists():
+            same = self.checkpoints.folder / f"update-{best[0]:06d}"
+            no_best = not same.exists()
+            then = "the next evaluation's take its place" if no_best else f"{same} has them; better ones are written"
+            logger.warning("%s, the best weights so far, of update %d, is not there; %s", file, best[0], then)
+        if evaluated is not None:
+            none_left = not self.evaluated()
+            then = "the prompts are evaluated anew, as a new baseline" if none_left else "the run goes on without it"
+            where = self._evaluations.folder
+            if not any(where.glob(f"update-{evaluated:06d}.pt*")):  # one that is .damaged was named before
+                logger.warning("the evaluation after update %d is not in %s; %s", evaluated, where, then)
+        return [none_left, no_best]
 
     def _keep_later(self, update: int, newest: int) -> None:
         to = self._kept_apart(f"later-than-update-{update:06d}")
@@ -214,7 +260,9 @@ class RunFolder:
         count = len(images)
         texts = None if output.texts is None else output.texts[:count]
         with replacing(self.path / "gallery" / f"update-{update:06d}.png") as partial:
-            save_gallery(partial, prompts, images, output.score[:count], advantages, texts, masks, schedule)
+            save_gallery(
+                partial, prompts, images, output.score[:count], advantages, texts, masks, schedule, fold=self._fold
+            )
 
     def evaluation(self, update: int, pictures: int, result: Evaluation, window: int) -> None:
         """Note a held-out evaluation, with its pictures; once there are two, draw the first beside this one.
@@ -237,6 +285,7 @@ class RunFolder:
                 after.images[shown],
                 pair[0].texts[shown],
                 pair[1].texts[shown],
+                fold=self._fold,
             )
 
     def _falling(self, update: int, result: Evaluation, window: int) -> list[str]:
@@ -252,8 +301,12 @@ class RunFolder:
         for name in set(before.metrics) & set(result.metrics):
             with suppress(ValueError):  # no prompt could be scored in both, or the prompts are others
                 changes[name] = paired_difference(before, result, name)
-        scores = [_score(line) for line in read_metrics(self.path) if first < line["update"] <= update]
-        falling = falling_metrics(scores, changes)
+        # Each kind for itself: prefixes and suffixes may be valued on other scales, or unequally often.
+        scores: dict[str, list[float]] = {}
+        for line in read_metrics(self.path):
+            if first < line["update"] <= update:
+                scores.setdefault(line.get("kind", ""), []).append(_score(line))
+        falling = next(filter(None, (falling_metrics(own, changes) for own in scores.values())), [])
         if falling:
             logger.warning(
                 "since update %d the training reward rises while held-out %s falls: is the reward being hacked?",

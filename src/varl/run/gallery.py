@@ -49,6 +49,7 @@ def save_gallery(
     masks: Tensor | None,
     schedule: ScaleSchedule,
     columns: int | None = None,
+    fold: bool = True,
 ) -> None:
     """Write a PNG of N samples: prompt, picture, reward, what was read, and the mask at every scale.
 
@@ -65,6 +66,7 @@ def save_gallery(
         masks: [N, L] in [0, 1], the tokens of all steps of ``schedule``, coarse to fine; or None.
         schedule: the grids.
         columns: samples side by side; by default as many as fit in 1,700 pixels.
+        fold: as the reward compares words, see ``varl.rewards.ocr.word_hits``.
 
     Raises:
         ValueError: if there is no picture, or shapes do not match.
@@ -81,7 +83,7 @@ def save_gallery(
         if advantages is not None:
             value = float(advantages[i])
             under.append(_flow([("advantage", FAINT), (f"{value:+.2f}", HIT if value > 0 else INK)], width, 1))
-        under += _verdict(prompts[i], None if texts is None else texts[i], width)
+        under += _verdict(prompts[i], None if texts is None else texts[i], width, fold)
         body = [_stack([shown, *under], 4)]
         if masks is not None:
             body.append(_scales(picture, shown.size, masks[i].detach().float().cpu(), schedule))
@@ -99,6 +101,7 @@ def save_before_after(
     before_texts: Sequence[str],
     after_texts: Sequence[str],
     columns: int = 8,
+    fold: bool = True,
 ) -> None:
     """Write a PNG of N prompts' pictures before training, and below them after.
 
@@ -111,6 +114,7 @@ def save_before_after(
         before_images, after_images: [N, 3, H, W] in [0, 1].
         before_texts, after_texts: what was read in each picture.
         columns: prompts side by side; more go on below.
+        fold: as the reward compares words, see ``varl.rewards.ocr.word_hits``.
 
     Raises:
         ValueError: if there is no picture, or shapes do not match.
@@ -123,7 +127,7 @@ def save_before_after(
         own = range(first, min(first + columns, count))
         sides = []
         for label, images, texts in (("before", before_images, before_texts), ("after", after_images, after_texts)):
-            cells = [_judged(_show(_pixels(images[i])), prompts[i], texts[i]) for i in own]
+            cells = [_judged(_show(_pixels(images[i])), prompts[i], texts[i], fold) for i in own]
             sides.append(_row([_sideways(label, cells[0].height), *cells], GAP))
         width = cells[0].width
         titles = [_flow(_title(prompts[i]), width, 3) for i in own]
@@ -188,18 +192,18 @@ def _scales(picture: np.ndarray, shown: tuple[int, int], mask_L: Tensor, schedul
     return _stack([_row(tiles[:half], GAP), *([_row(tiles[half:], GAP)] if tiles[half:] else [])], 6)
 
 
-def _judged(shown: Image.Image, prompt: Prompt, text: str) -> Image.Image:
-    hits = word_hits(prompt.words, [text])
+def _judged(shown: Image.Image, prompt: Prompt, text: str, fold: bool) -> Image.Image:
+    hits = word_hits(prompt.words, [text], fold)
     framed = _blank(shown.width + 6, shown.height + 6, HIT if hits and all(hits) else CARD)
     framed.paste(shown, (3, 3))
-    return _stack([framed, *_verdict(prompt, text, max(MIN_TEXT, framed.width))], 3)
+    return _stack([framed, *_verdict(prompt, text, max(MIN_TEXT, framed.width), fold)], 3)
 
 
-def _verdict(prompt: Prompt, text: str | None, width: int) -> list[Image.Image]:
+def _verdict(prompt: Prompt, text: str | None, width: int, fold: bool) -> list[Image.Image]:
     """Two blocks: the wanted words by whether they were read, and what was read."""
     if text is None:
         return []
-    words, hits = " ".join(prompt.words).split(), word_hits(prompt.words, [text])
+    words, hits = " ".join(prompt.words).split(), word_hits(prompt.words, [text], fold)
     runs = [(word, HIT if hit else MISS) for word, hit in zip(words, hits, strict=True)]
     read = [(word, FAINT) for word in ["read", *text.split()]] if text.split() else [("nothing read", FAINT)]
     return ([_flow(runs, width, 2, bold=True)] if runs else []) + [_flow(read, width, 2, size=11)]

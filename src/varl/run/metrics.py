@@ -48,10 +48,7 @@ class MetricsWriter:
             lines, wrong = _scan(self.path)
             rising = _rising(lines)
             if wrong or len(rising) < len(lines):
-                reason = wrong[0] if wrong else f"{self.path} has updates out of order"
-                with writing(kept := free_name(self.path.with_name(f"{self.path.name}.damaged"))):
-                    shutil.copy2(self.path, kept)
-                logger.warning("%s; what can be read is gone on with, and the file is kept as %s", reason, kept.name)
+                self._keep_damaged(wrong[0] if wrong else f"{self.path} has updates out of order")
                 lines = rising
                 self._rewrite(lines)
             elif not self.path.read_bytes().endswith(b"\n"):
@@ -91,13 +88,18 @@ class MetricsWriter:
     def truncate_after(self, update: int) -> None:
         """Drop the lines of later updates, so that a resumed run's file is that of one never interrupted.
 
-        Lines that are missing before ``update`` are warned of.
+        Lines that are missing before ``update`` are warned of. Lines that do not follow it one by one are damage: the
+        file is then kept, too.
 
         TensorBoard hides what it has of later updates as soon as the next one is written.
         """
         lines = _read(self.path) if self.path.exists() else []
         kept = [line for line in lines if line["update"] <= update]
         if len(kept) < len(lines):
+            later = (line["update"] for line in lines[len(kept) :])
+            strange = next((number for due, number in enumerate(later, update + 1) if number != due), None)
+            if strange is not None:
+                self._keep_damaged(f"{self.path} has a line of update {strange}, but none of the update before it")
             self._rewrite(kept)
         self.last_update = kept[-1]["update"] if kept else None
         self._close_events()
@@ -109,6 +111,11 @@ class MetricsWriter:
     def close(self) -> None:
         """Finish TensorBoard's file. Writing may go on afterwards, in a new one."""
         self._close_events()
+
+    def _keep_damaged(self, reason: str) -> None:
+        with writing(kept := free_name(self.path.with_name(f"{self.path.name}.damaged"))):
+            shutil.copy2(self.path, kept)
+        logger.warning("%s; what can be read is gone on with, and the file is kept as %s", reason, kept.name)
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         with replacing(self.path) as partial:
@@ -185,7 +192,7 @@ def _scan(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not isinstance(line.get("update"), int):
+            if not isinstance(line, dict) or type(line.get("update")) is not int:
                 raise ValueError("not an object with an integer 'update'")
         except (ValueError, RecursionError) as error:
             if number == len(raw):  # no line end: the write was interrupted

@@ -26,6 +26,7 @@ __all__ = [
     "collected",
     "fingerprint",
     "foreign",
+    "forget_removed",
     "new_moments",
     "own_generators",
     "restore",
@@ -94,13 +95,21 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.kept = restored_pictures(trainer, tensors, values["pending"])
     trainer.update, trainer.pictures = checkpoint.update, values["pictures"]
     # Earlier checkpoints counted optimizer steps, which are as many with one epoch.
-    trainer.learner.updates_taken = values.get("updates_taken", values.get("steps_taken"))
+    trainer.learner.updates_taken = values["updates_taken" if "updates_taken" in values else "steps_taken"]
     trainer.evaluated = values["evaluated"]
     trainer.best = None if values["best"] is None else (values["best"][0], values["best"][1])
     trainer.failures.shares.extend((pictures, steps) for pictures, steps in values["failures"])
     if values.get("held_out", now := digest(trainer.held_out)) != now:
         # What was measured on other prompts is no measure of these: a new baseline is evaluated, and a new best found.
         trainer.evaluated = trainer.best = None
+
+
+def forget_removed(trainer: Trainer) -> None:
+    """Have measured anew what evaluations had left in the run folder and is gone. Collective, as evaluating is."""
+    found = trainer.folder.name_removed(trainer.evaluated, trainer.best) if trainer.distributed.main else [False, False]
+    no_evaluation, no_best = trainer.distributed.gather_values(found)[0]
+    trainer.evaluated = None if no_evaluation else trainer.evaluated
+    trainer.best = None if no_best else trainer.best
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:

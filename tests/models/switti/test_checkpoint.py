@@ -80,9 +80,10 @@ def test_a_folder_says_its_shape(saved: Path, tmp_path: Path) -> None:
     assert policy.config == make().config  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="keys are missing"):
         varl.load_policy("switti", {"transformer": {"depth": 3}, "tokenizer": {"ch": 32}}, parts)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a configuration"):
-        varl.load_policy("switti", {"tokenizer": {"ch": 32}}, parts)
+    for content, reason in (("{", "not valid JSON"), ('{"depth": 30, "depth": 2}', "gives 'depth' again, 2 after 30")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"is not a configuration: .*{reason}"):
+            varl.load_policy("switti", {"tokenizer": {"ch": 32}}, parts)
 
 
 def test_wrong_files(saved: Path, tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from varl.models.fields import fill
-from varl.models.files import plain, read_safetensors
+from varl.models.files import plain, read_safetensors, write_safetensors
 from varl.models.inkling.policy import Inkling, InklingConfig
 from varl.models.weights import load_strict, read_tensors, unwrapped
 
@@ -29,7 +28,7 @@ def save(policy: Inkling, path: Path, dtype: torch.dtype = torch.float32) -> Non
     """Write a policy's weights and shape; ``dtype`` float16 halves the file."""
     tensors = {key: value.detach().to(dtype).contiguous() for key, value in policy.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"family": "inkling", "config": json.dumps(asdict(policy.config))})
+    write_safetensors(tensors, path, {"family": "inkling", "config": json.dumps(asdict(policy.config))})
 
 
 def load(config: Mapping[str, Any] | None = None, weights: str | Path | Mapping[str, Any] | None = None) -> Inkling:

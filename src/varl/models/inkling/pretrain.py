@@ -25,7 +25,7 @@ from varl.models.inkling.policy import Inkling, InklingConfig
 from varl.models.inkling.text import PICTURE, make_prompt, random_regions
 from varl.models.inkling.tokenizer import code_bounds
 from varl.policy import Prompt
-from varl.run.files import writing
+from varl.run.files import need_file, writing
 from varl.run_config import expand, need, need_counts, need_seeds
 
 __all__ = ["FINISHED", "PretrainConfig", "StageConfig", "check_folder", "pretrain", "sample_batch"]
@@ -183,11 +183,14 @@ class _Stage:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
 def _save(path: Path, data: dict[str, Any]) -> None:
-    beside = path.with_suffix(".partial")
     with writing(path):
-        torch.save(data, beside)
-        os.replace(beside, path)
+        torch.save(data, _partial(path))
+        os.replace(_partial(path), path)
 
 
 def check_folder(config: PretrainConfig) -> dict[str, Any] | None:
@@ -200,6 +203,8 @@ def check_folder(config: PretrainConfig) -> dict[str, Any] | None:
     path, finished = config.out / CHECKPOINT, config.out / FINISHED
     need(config.out.is_dir() or not config.out.exists(), f"out must be a folder, but {config.out} is a file")
     config.out.mkdir(parents=True, exist_ok=True)
+    need_file(path)
+    need_file(_partial(path))
     if not path.exists():
         need(
             not finished.exists(),
