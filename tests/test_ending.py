@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from patience import PATIENCE, alive, wait_for
-from varl import ending
+from varl import cli, ending
 
 CHILD = "import time; from varl.ending import end_with_launcher; end_with_launcher(); print('up', flush=True)"
 CHILD += f"; time.sleep({2 * PATIENCE})"
@@ -86,3 +89,35 @@ def test_what_keeps_a_process_from_its_end_is_named() -> None:
         assert not any("slow True" in left for left in ending._left())
     finally:
         gate.set()
+
+
+def carried_out(run: Callable[[Any], int | None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a command."""
+    monkeypatch.setitem(cli.COMMANDS, "doctor", replace(cli.COMMANDS["doctor"], run=run))
+    return cli.main(["doctor"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_does_not_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def run(config: Any) -> None:
+        thread = threading.Thread(target=lambda: os._exit(0))
+        thread.start()
+        thread.join()
+
+    assert carried_out(run, monkeypatch) == 0
+    assert ended == []
+
+
+@pytest.mark.parametrize("code", [None, 0, 143])
+def test_a_command_that_exits_is_not_taken_for_finished(
+    code: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if code:  # of another process of the run, which has said why
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            carried_out(lambda _: sys.exit(code), monkeypatch)
+    else:
+        assert carried_out(lambda _: sys.exit(code), monkeypatch) == 1
+        assert "stopped: SystemExit" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from varl.effects import NoEffect
 from varl.ending import end
 from varl.errors import InputError, Interrupted, RunError, checking
 from varl.recipes import check_recipe, check_settings, check_words, parse_yaml, recipes_in, split_recipes
+from varl.rewards.guard import no_exit, told
 
 __all__ = ["main", "run"]
 
@@ -215,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     try:
-        return command.run(_one_voice(name, command, rest)) or 0
+        config = _one_voice(name, command, rest)
+        with no_exit():
+            return _carried_out(command, config)
     except InputError as error:
         _say("error:", str(error))
         return 2
@@ -228,6 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("stopped; train and pretrain go on from their last checkpoint when called again")
         return 130
+
+
+def _carried_out(command: Command, config: Any) -> int:
+    try:
+        return command.run(config) or 0
+    except SystemExit as end:
+        if end.code:  # of several processes, another one says why
+            raise
+        raise RunError(
+            f"{told(end)} ended the work before it was done; the same command goes on or begins again"
+        ) from end
 
 
 def run() -> NoReturn:

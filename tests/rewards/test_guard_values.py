@@ -7,7 +7,9 @@ import locale
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +231,26 @@ def test_errors_are_told_by_type_and_message() -> None:
     assert Told("a").place == ""
 
 
+class Mute(ValueError):
+    def __str__(self) -> str:
+        return self.args[0]()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("says", [lambda: 5, lambda: 1 / 0, lambda: os._exit(0), lambda: sys.exit()])
+def test_errors_that_cannot_be_told_are_told_by_type(says: Callable[[], Any]) -> None:
+    def fn(images: Any, prompts: Any) -> Any:
+        raise Mute(says)
+
+    fn.check = partial(fn, None)  # type: ignore[attr-defined]
+    reward = PythonReward(fn, "mine")
+    with undisturbed():
+        assert told(Mute(says)) == "Mute"
+    assert reward(torch.zeros(2, 3, 4, 4), [varl.Prompt()] * 2).failed.all()
+    assert reward.failures.reasons == {"Mute": 2}
+    with pytest.raises(ValueError, match=r"^reward 'mine': Mute$"):
+        reward.check([])
+
+
 def running(code: str, file: Path) -> Callable[[], Any]:
     """What runs code that says it is of a file."""
     return lambda: exec(compile(code, str(file), "exec"), {"checked_text": checked_text})
@@ -242,6 +264,7 @@ def test_where_errors_arise() -> None:
     assert where(Told("a", "a.py, line 2")) == "a.py, line 2"
     assert where(SyntaxError("bad", ("/a/b.py", 7, 1, "x"))) == "b.py, line 7"
     # Some errors that are not of syntax name a file, and some of syntax none.
+    assert where(SyntaxError("bad", (5, 7, 1, "x"))) == "nowhere"  # type: ignore[arg-type]
     missing = caught(running("\nopen('/there/is/none')", Path("/theirs/a.py")))
     assert where(missing) == "a.py, line 2"
     assert where(caught(running("\n\nraise SyntaxError('x')", Path("/theirs/a.py")))) == "a.py, line 3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from varl.rewards.scoring import Scoring
 SQUARE = np.array([[0, 0], [4, 0], [4, 4], [0, 4]], np.float32)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex")
 def test_scores_become_float32_without_a_gradient() -> None:
     for scores in ([1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)):
         output = RewardOutput.from_scores(scores, 2)  # type: ignore[arg-type]
@@ -29,6 +31,9 @@ def test_scores_become_float32_without_a_gradient() -> None:
     assert (output.score.isnan().tolist(), output.failed.tolist()) == ([False, True], [False, True])
     with pytest.raises(ValueError, match=r"^a reward must return 3 numbers for 3 pictures, got shape \(2,\)$"):
         RewardOutput.from_scores([1, 2], 3)
+    for complex_ones in (torch.ones(2) * 1j, np.ones(2) * 1j):
+        with pytest.raises(ValueError, match=r"^a reward must return real numbers, got complex ones$"):
+            RewardOutput.from_scores(complex_ones, 2)  # type: ignore[arg-type]
 
 
 def test_failures_follow_from_scores_that_are_no_tensor() -> None:
@@ -117,6 +122,16 @@ DEEP = np.zeros((4, 2, 2), np.float32)
                 "give simpler outlines": 1
             },
         ),
+        *(
+            (
+                {"regions": [[], empty, []]},
+                {
+                    "ValueError: the regions of a picture may have 5,000 points together, these have 5,001 or more; "
+                    "give simpler outlines": 1
+                },
+            )
+            for empty in ([np.zeros((0, 2))] * 5001, repeat(np.zeros((0, 2))))
+        ),
         ({"regions": [[], [SQUARE, DEEP], []]}, {f"{NO_POLYGON}{DEEP.tolist()!r:.100}": 1}),
         ({"regions": [[], [[1.0, 2.0]], []]}, {f"{NO_POLYGON}[1.0, 2.0]": 1}),
         ({"regions": [[], [[[1.0, 2.0, 3.0]]], []]}, {f"{NO_POLYGON}[[1.0, 2.0, 3.0]]": 1}),
@@ -178,6 +193,8 @@ def test_no_pictures_are_fine() -> None:
         ({"score": torch.ones(2)}, r"score must hold 3 numbers for 3 pictures, has shape \(2,\)"),
         ({"failed": [True]}, r"failed must hold 3 numbers for 3 pictures, has shape \(1,\)"),
         ({"parts": {"a": torch.ones(3, 1)}}, r"parts\['a'\] must hold 3 numbers for 3 pictures, has shape \(3, 1\)"),
+        ({"score": torch.ones(3) * 1j}, "score must hold real numbers, has complex ones"),
+        ({"parts": {"a": torch.ones(3) * 1j}}, r"parts\['a'\] must hold real numbers, has complex ones"),
         ({"regions": [[]]}, "regions must hold 3 entries for 3 pictures, has 1"),
         ({"texts": ["a"] * 4}, "texts must hold 3 entries for 3 pictures, has 4"),
         ({"parts": {"score": torch.ones(3)}}, "a part needs a name other than 'score', got 'score'"),

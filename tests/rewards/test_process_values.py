@@ -162,7 +162,7 @@ def test_seeds_are_drawn_from_the_numbers_of_31_bits(ends: list[Any]) -> None:
 
 
 MODULE = """
-import random
+import itertools, random
 import numpy as np, torch
 from varl.rewards import RewardOutput
 def draws(images, prompts):
@@ -176,6 +176,9 @@ def plain(images, prompts):
 def full(images, prompts):
     score = images.mean((1, 2, 3)).requires_grad_()
     return RewardOutput(score, [False, True], [[[[1, 2], [3, 4]]], []], {"a": [5, 6], "b": score}, ["x", "y"])
+def endless(images, prompts):
+    empty = itertools.repeat(np.zeros((0, 2)))
+    return RewardOutput(images.mean((1, 2, 3)), regions=[empty] * 2 if prompts[0].text else itertools.repeat([]))
 class Said:
     given = []
     def __init__(self, label="7"): self.label = label
@@ -254,6 +257,14 @@ def test_answers_are_arrays(folder: Path, threads: list[int], generators: None) 
     [[polygon], none] = full["regions"]
     assert (polygon.dtype, polygon.tolist(), none) == (np.float32, [[1, 2], [3, 4]], [])
     assert full["texts"] == ["x", "y"]
+
+
+@pytest.mark.parametrize(("text", "counts"), [("a", [5001, 5001]), ("", [0, 0, 0])])
+def test_regions_without_end_are_sent_as_one_too_many(
+    text: str, counts: list[int], folder: Path, threads: list[int], generators: None
+) -> None:
+    found = answers("endless", folder)(("score", IMAGES, [Prompt(text)] * 2, 1))
+    assert [len(own) for own in found["regions"]] == counts
 
 
 def test_what_a_callable_says_is_text(folder: Path, threads: list[int]) -> None:

@@ -19,6 +19,7 @@ from varl.errors import InputError
 from varl.policy import Prompt
 from varl.rewards import RewardOutput
 from varl.rewards.python import NoSuchAttribute, PythonReward, UnknownOption, import_callable
+from varl.run.signals import Interrupts
 
 MINE = """
 import json
@@ -318,8 +319,28 @@ def test_what_a_callable_raises_is_the_reason(timeout_s: float | None) -> None:
     def interrupted(images: Any, prompts: Any) -> Any:
         raise KeyboardInterrupt
 
+    reward = PythonReward(interrupted, timeout_s=timeout_s)
     with pytest.raises(KeyboardInterrupt):
-        PythonReward(interrupted, timeout_s=timeout_s)(IMAGES, PROMPTS)
+        reward(IMAGES, PROMPTS)
+    with Interrupts():  # which note Ctrl-C instead
+        assert reward(IMAGES, PROMPTS).failed.all()
+        with pytest.raises(ValueError, match=r"its check failed: KeyboardInterrupt \("):
+            raising(KeyboardInterrupt()).check(PROMPTS)
+    assert reward.failures.reasons == {"KeyboardInterrupt": 2}
+
+
+class Number:
+    """Raises when it is looked at."""
+
+    def __float__(self) -> float:
+        raise KeyboardInterrupt
+
+
+def test_what_is_raised_by_what_a_callable_gives_fails_the_pictures() -> None:
+    reward = PythonReward(lambda images, prompts: [Number()] * 2)
+    with Interrupts():
+        assert reward(IMAGES, PROMPTS).failed.all()
+    assert reward.failures.reasons == {"KeyboardInterrupt": 2}
 
 
 def test_a_limit_is_told_without_needless_digits() -> None:

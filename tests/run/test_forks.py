@@ -9,13 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from patience import PATIENCE
+from varl.policy import Prompt
+from varl.rewards.guard import Told
 from varl.rewards.host import Host
+from varl.rewards.python import PythonReward
 from varl.run.files import FolderLock
 from varl.run.signals import Interrupts
 
@@ -133,3 +139,74 @@ def test_a_fork_that_outlives_a_run_does_not_hold_its_folder(tmp_path: Path) -> 
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("timeout_s", [None, PATIENCE])
+@pytest.mark.parametrize(
+    ("leave", "code"),
+    [
+        (lambda: [0.0], 0),
+        (lambda: sys.exit(), 0),
+        (lambda: sys.exit(3), 3),
+        (lambda: sys.exit("no"), 1),
+        (lambda: 1 / 0, 1),
+    ],
+)
+def test_a_child_that_a_reward_lets_go_on_ends(leave: Callable[[], Any], code: int, timeout_s: float | None) -> None:
+    children: list[int] = []
+
+    def fn(images: Any, prompts: Any) -> Any:
+        children.append(os.fork())
+        return [1.0] if children[0] else leave()
+
+    here = os.getpid()
+    try:
+        output = PythonReward(fn, timeout_s=timeout_s)(torch.zeros(1, 3, 4, 4), [Prompt()])
+    finally:
+        if os.getpid() != here:
+            os._exit(99)
+    assert output.score.tolist() == [1]
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == code
+
+
+class Forks:
+    """Answers how many requests there were; children answer too, or stay when this is killed."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def __call__(self, request: str) -> int:
+        self.requests += 1
+        if os.fork() == 0:
+            if request == "stay":
+                threading.Event().wait(PATIENCE)
+            self.requests += 10
+        elif request == "stay":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.requests
+
+
+def test_children_of_a_process_answer_nothing_and_do_not_hide_its_end() -> None:
+    host = Host(Forks, "process", "a request", timeout_s=PATIENCE)
+    try:
+        assert [host.ask("one"), host.ask("two"), host.ask("three")] == [1, 2, 3]
+        with pytest.raises(Told, match=r"crashed \(exit code -9\)"):
+            host.ask("stay")
+        assert host.ask("one") == 1
+    finally:
+        host.close(2.0)
+
+
+def test_a_child_can_be_ended_from_its_first_moment() -> None:
+    for _ in range(20):
+        reading, writing = os.pipe()
+        with Interrupts():
+            child = os.fork()
+            if child == 0:
+                os.close(writing)
+                os.read(reading, 1)  # nothing, once the signal was sent
+                os._exit(1)
+            os.kill(child, signal.SIGTERM)
+        os.close(writing)
+        os.close(reading)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

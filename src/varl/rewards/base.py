@@ -52,9 +52,11 @@ class RewardOutput:
         """Wrap a plain list or tensor of ``batch`` numbers; a non-finite one counts as failed.
 
         Raises:
-            ValueError: if there are not exactly ``batch`` numbers.
+            ValueError: if there are not exactly ``batch`` numbers, or they are complex.
         """
         score = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+        if torch.as_tensor(scores).is_complex():
+            raise ValueError("a reward must return real numbers, got complex ones")
         if score.shape != (batch,):
             raise ValueError(
                 f"a reward must return {batch} numbers for {batch} pictures, got shape {tuple(score.shape)}"

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from varl.rewards.base import FailureLog, Polygon, RewardOutput
+from varl.rewards.guard import told
 
 __all__ = ["MOST_CHARACTERS", "MOST_POINTS", "checked", "checked_polygons", "checked_text"]
 
 MOST_POINTS = 5_000
-"""Points that the regions of one picture may have together: rasterising takes time and memory for each."""
+"""Points that the regions of one picture may have together, of which each has at least one: rasterising takes time and
+memory for each."""
 MOST_CHARACTERS = 5_000
 """Characters of text in one picture, wanted or read: words are compared each with each."""
 
@@ -32,7 +34,10 @@ def checked(output: RewardOutput, batch: int, failures: FailureLog | None = None
     """
 
     def vector(name: str, value: Any, dtype: torch.dtype) -> Tensor:
-        tensor = torch.as_tensor(value).detach().to("cpu", dtype, copy=True)
+        given = torch.as_tensor(value)
+        if given.is_complex():
+            raise ValueError(f"{name} must hold real numbers, has complex ones")
+        tensor = given.detach().to("cpu", dtype, copy=True)
         if tensor.shape != (batch,):
             raise ValueError(f"{name} must hold {batch} numbers for {batch} pictures, has shape {tuple(tensor.shape)}")
         return tensor
@@ -67,7 +72,7 @@ def _each(check: Any, value: Any, otherwise: Any, picture: int, reasons: list[st
     try:
         return check(value)
     except (ValueError, TypeError) as error:
-        reasons[picture] = reasons[picture] or f"{type(error).__name__}: {error}"
+        reasons[picture] = reasons[picture] or told(error)
         return otherwise
 
 
@@ -81,7 +86,7 @@ def checked_polygons(own: Any) -> list[Polygon]:
     for polygon in own:
         given = polygon.detach().cpu() if isinstance(polygon, Tensor) else polygon
         array = np.asarray(given, np.float32).copy()
-        points += len(array) if array.ndim else 0
+        points += max(len(array), 1) if array.ndim else 0  # empty ones count: there may be no end of them
         if points > MOST_POINTS:
             raise ValueError(
                 f"the regions of a picture may have {MOST_POINTS:,} points together, these have {points:,} or more; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from typing import NoReturn
 import torch
 
 from varl.rewards.modes import settings, torch_settings
+from varl.run.signals import noted_by_the_run
 
-__all__ = ["Told", "told", "undisturbed", "where"]
+__all__ = ["Told", "ending_forks", "no_exit", "said", "told", "undisturbed", "where"]
 
 _EXIT = os._exit
 _LIBRARY = Path(__file__).parents[1]
@@ -46,21 +48,54 @@ def undisturbed() -> Iterator[None]:
     standard streams, signal handlers and masks, timers, limits of time and size, tracing and the garbage collector. Not
     the random generators: rewards may draw from them.
     ``os._exit`` raises a ``SystemExit`` inside, for there is no other way to survive it; under a name that was bound
-    before (``from os import _exit``) it does end the process.
+    before (``from os import _exit``) it does end the process. A child that it forks and that would leave it ends there.
+    A ``KeyboardInterrupt`` passes as such only where Ctrl-C raises one: not while a run notes the signal instead.
     """
+    noted = noted_by_the_run(signal.SIGINT)
     with ExitStack() as stack:
-        stack.enter_context(_no_exit())
+        stack.enter_context(no_exit())
         # Its end also takes back an inference mode that was entered inside and never left.
         grad = torch.is_grad_enabled()
         stack.enter_context(torch.inference_mode(torch.is_inference_mode_enabled()))
         torch.set_grad_enabled(grad)
         for setting in (*torch_settings(), *settings()):
             stack.callback(setting)
-        yield
+        try:
+            with ending_forks():
+                yield
+        except KeyboardInterrupt as error:
+            if not noted:
+                raise
+            raise Told(told(error), where(error)) from error
 
 
 @contextmanager
-def _no_exit() -> Iterator[None]:
+def ending_forks() -> Iterator[None]:
+    """Around code that may fork: a child that returns or raises ends there, or it would go on as a second run."""
+    process = os.getpid()
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() == process:
+            raise
+        _end_fork(error)
+    if os.getpid() != process:
+        _end_fork(SystemExit(0))
+
+
+def _end_fork(error: BaseException) -> NoReturn:
+    """End a child as Python would, but for what its parent has registered for the exit."""
+    try:
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+    finally:
+        code = getattr(error, "code", 1)
+        _EXIT(0 if code is None else code & 255 if isinstance(code, int) else 1)
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Within it ``os._exit`` raises a ``SystemExit``: in another thread, that ends the thread alone."""
     global _calls, _process
     with _lock:
         _calls, _process, os._exit = _calls + 1, os.getpid(), _exit
@@ -85,12 +120,22 @@ class Told(Exception):
         self.place = place
 
 
+def said(error: BaseException) -> str:
+    """What an error says; nothing if its own ``__str__`` fails."""
+    try:
+        with no_exit():
+            return str(error)
+    except BaseException:
+        return ""
+
+
 def told(error: BaseException) -> str:
     """An error as one reads it: its type, and what it says."""
+    text = said(error)
     if isinstance(error, Told):
-        return str(error)
+        return text
     kind = "SystemExit" if isinstance(error, _Exit) else type(error).__name__
-    return f"{kind}: {error}" if str(error) else kind
+    return f"{kind}: {text}" if text else kind
 
 
 def where(error: BaseException, file: str | None = None) -> str:
@@ -98,7 +143,7 @@ def where(error: BaseException, file: str | None = None) -> str:
     not the library's, else the last of all."""
     if isinstance(error, Told):
         return error.place
-    if isinstance(error, SyntaxError) and error.filename:
+    if isinstance(error, SyntaxError) and isinstance(error.filename, str):
         return f"{Path(error.filename).name}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_LIBRARY)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 from varl.errors import RunError
-from varl.rewards.guard import Told, told, where
+from varl.rewards.guard import Told, ending_forks, told, where
 from varl.run.signals import leave_to_the_run
 
 __all__ = ["Host", "NotStarted"]
@@ -40,8 +41,11 @@ def _serve(make: Callable[[], Answer], connection: Connection) -> None:
     """The process's loop."""
     # Terminals and schedulers send them to every process; the run finishes its update first, and needs its answers.
     leave_to_the_run()
+    if hasattr(os, "register_at_fork"):  # what is forked here and outlives this process would hide that it is gone
+        os.register_at_fork(after_in_child=connection.close)
     try:
-        answer = make()
+        with ending_forks():
+            answer = make()
     except BaseException as error:
         connection.send(_Fault(told(error), where(error)))
         return
@@ -52,7 +56,8 @@ def _serve(make: Callable[[], Answer], connection: Connection) -> None:
         except EOFError:
             return
         try:
-            reply = answer(request)
+            with ending_forks():
+                reply = answer(request)
         except BaseException as error:
             reply = _Fault(told(error), where(error))
         connection.send(reply)

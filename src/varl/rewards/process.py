@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from varl.policy import Prompt
 from varl.rewards.base import RewardOutput
+from varl.rewards.checks import MOST_POINTS
 from varl.rewards.guard import Told
 from varl.rewards.host import LONGEST_S, Host, NotStarted
 from varl.rewards.python import import_callable
@@ -103,10 +105,15 @@ class _Answers:
         result = self.fn(torch.from_numpy(images), prompts)
         output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
         regions = output.regions
+        if regions is not None:  # one more of each than there may be: they are checked where they arrive
+            regions = [
+                [np.asarray(polygon, np.float32) for polygon in islice(own, MOST_POINTS + 1)]
+                for own in islice(regions, batch + 1)
+            ]
         return {
             "score": _array(output.score),
             "failed": _array(output.failed),
-            "regions": None if regions is None else [[np.asarray(p, np.float32) for p in own] for own in regions],
+            "regions": regions,
             "parts": {name: _array(value) for name, value in output.parts.items()},
             "texts": output.texts,
         }

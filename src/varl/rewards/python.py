@@ -23,7 +23,7 @@ from varl.models.fields import read
 from varl.policy import Prompt
 from varl.rewards.base import FailureLog, RewardOutput
 from varl.rewards.checks import checked
-from varl.rewards.guard import told, undisturbed, where
+from varl.rewards.guard import said, told, undisturbed, where
 
 __all__ = ["NoSuchAttribute", "PythonReward", "UnknownOption", "import_callable"]
 
@@ -204,20 +204,21 @@ class PythonReward:
         except (InputError, KeyboardInterrupt):
             raise
         except ValueError as error:
-            raise ValueError(f"reward {self.name!r}: {error}") from error
+            raise ValueError(f"reward {self.name!r}: {said(error) or told(error)}") from error
         except BaseException as error:
             raise ValueError(f"reward {self.name!r}: its check failed: {told(error)} ({where(error)})") from error
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
-        """Score B pictures; never raises for what the callable does (``KeyboardInterrupt`` passes), and leaves the
-        process as it was: see ``undisturbed``."""
+        """Score B pictures; never raises for what the callable does (a ``KeyboardInterrupt`` passes outside of runs).
+        It leaves the process as it was: see ``undisturbed``."""
         batch = len(prompts)
         try:
             given = images.clone(), list(prompts)
-            with undisturbed():
-                result = self.fn(*given) if self.timeout_s is None else self._limited(*given)
-            output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
-            output = checked(output, batch, self.failures)
+            with undisturbed():  # what it gives may be code too (generators, numbers of its own)
+                with undisturbed():
+                    result = self.fn(*given) if self.timeout_s is None else self._limited(*given)
+                output = result if isinstance(result, RewardOutput) else RewardOutput.from_scores(result, batch)
+                output = checked(output, batch, self.failures)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

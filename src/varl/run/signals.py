@@ -11,18 +11,34 @@ from typing import Any
 
 from varl.errors import Interrupted
 
-__all__ = ["Interrupts", "exit_at_once", "leave_to_the_run"]
+__all__ = ["Interrupts", "exit_at_once", "leave_to_the_run", "noted_by_the_run"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+_masks = threading.local()
 
 
 def _forget_in_child() -> None:
-    """A child made by fork handles signals as any Python process: whoever made it must be able to end it."""
+    """A child made by fork handles signals as any Python process: whoever made it must be able to end it. What comes
+    before the handlers are put back waits until then, or Python would forget it."""
     for number, default in _DEFAULTS.items():
-        handler = signal.getsignal(number)
-        if handler is _ignore or isinstance(getattr(handler, "__self__", None), Interrupts):
+        if noted_by_the_run(number):
             signal.signal(number, default)
+    _unblock()
+
+
+def _block() -> None:
+    _masks.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.mask)
+
+
+def noted_by_the_run(number: int) -> bool:
+    """Whether a signal is noted by a run in this process, or left to the run that started it."""
+    handler = signal.getsignal(number)
+    return handler is _ignore or isinstance(getattr(handler, "__self__", None), Interrupts)
 
 
 def _ignore(number: int, _: FrameType | None) -> None:
@@ -45,7 +61,7 @@ def exit_at_once(status: int) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget_in_child)
 
 
 class Interrupts:
