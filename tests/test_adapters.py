@@ -238,7 +238,8 @@ def described(folder: Path, state: dict[str, torch.Tensor], **about: Any) -> Pat
 
 
 CLAIMS: dict[str, tuple[dict[str, Any], str]] = {
-    "a rank that no tensor has": ({"rank": 2_000_000}, "keys are missing|shapes differ"),
+    "a rank that no tensor has": ({"rank": 1_000_000}, "keys are missing|shapes differ"),
+    "a rank that no adapter has": ({"rank": 2_000_000}, "rank must be from 0 to 1000000, got 2000000"),
     "a rank of true": ({"rank": True}, "rank must be a whole number"),
     "no finite alpha": ({"alpha": float("inf")}, "alpha must be positive and finite"),
     "targets without end": ({"targets": [f"x{i}" for i in range(100_000)]}, "100000 targets are named for adapters"),

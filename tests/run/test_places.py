@@ -106,8 +106,8 @@ CONFIGURATIONS = {
     "config: [run]": "it has no configuration under 'config'",
     "varl: 1": "it has no configuration under 'config'",
     "config: {[1]: 2}": "unhashable key",
-    "config: !!python/name:os.system": "could not determine a constructor",
-    "config: 2001-99-99": "month must be in",
+    "config: !!python/name:os.system": "of YAML's kind os.system;",
+    "config: 2001-99-99": "of YAML's kind timestamp;",
     "config: !!bool x": "KeyError('x')",
 }
 
