@@ -244,7 +244,7 @@ def test_an_evaluation(evaluated: Trainer, monkeypatch: pytest.MonkeyPatch) -> N
             result_of = evaluated.evaluate()
             best.append(evaluated.best)
             assert evaluated.evaluated == update
-            assert noted[-1][0] == (update, 70, result_of, 6)
+            assert noted[-1][0] == (update, 70, result_of, EVALUATED.alarm_window)
     assert best == [(0, 1.0), (0, 1.0), (2, 2.0), (2, 2.0)]
     assert [given[0] for given, _ in exported] == ["best.safetensors"] * 2
     assert points == ["evaluation", "evaluated"] * 4
