@@ -273,6 +273,7 @@ def test_options_change_the_recipe_they_are_measured_on():
         assert option.change(config) != config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "kind"),
     [(saving, kind) for saving in SAVINGS for kind in saving.kinds],

@@ -163,6 +163,8 @@ def test_an_update_written_out(family: Family, kind: str, monkeypatch: pytest.Mo
     assert found.log["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_update_moves(family: Family, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +181,8 @@ def test_what_an_update_moves(family: Family, kind: str, monkeypatch: pytest.Mon
     assert all(torch.equal(value, untouched[name]) for name, value in found.reference.trainable.state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 @pytest.mark.parametrize("kind", KINDS)
 def test_decay_leaves_alone_what_has_no_gradient(family: Family, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +206,8 @@ def test_decay_leaves_alone_what_has_no_gradient(family: Family, kind: str, monk
     torch.testing.assert_close(after[block], expected)
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_a_second_epoch_is_clipped(family: Family, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +221,8 @@ def test_a_second_epoch_is_clipped(family: Family, bf16: bool, monkeypatch: pyte
     assert two.log["loss"] != pytest.approx(one.log["loss"], abs=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 def test_a_run(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer itself: a prefix update and a suffix update in bf16, saved."""

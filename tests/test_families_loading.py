@@ -94,6 +94,8 @@ def test_values_that_are_no_weights_are_refused_by_name(name: str, part: str, ca
     assert key in str(refused.value)
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @each
 def test_weights_of_any_floating_type_load(name: str, part: str, dtype: torch.dtype) -> None:
@@ -114,6 +116,8 @@ def wrapped(state: State, prefix: str, inside: bool) -> State:
     return {prefix + inner[key]: value for key, value in state.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
@@ -160,6 +164,8 @@ def filled(template: Any, state: State) -> Any:
     return {STATE: state, EMA: ema(state)}.get(template, template)
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", TRAINING)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_of_training_load(case: str, legacy: bool, tmp_path: Path) -> None:

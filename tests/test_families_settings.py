@@ -40,6 +40,8 @@ def adapted(policy: Policy, config: AdapterConfig = LORA) -> Policy:
     return policy
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 def test_every_linear_layer_can_have_an_adapter(family: Family) -> None:
     """None is bypassed: neither those that the family names nor any other."""
@@ -178,6 +180,8 @@ def test_the_doctor_finds_nothing(family: Family) -> None:
     assert len(checks) == 6 + len(family.make().default_schedule) - 1
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @every
 def test_a_probe(family: Family) -> None:
     policy = family.make()

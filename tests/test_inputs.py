@@ -317,6 +317,7 @@ def test_keys_that_are_alike_in_other_places() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "evaluate", "probe", "doctor"])
 @pytest.mark.parametrize(("words", "reward"), [
     (["--reward", "a:b"], "a:b"),

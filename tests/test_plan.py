@@ -95,6 +95,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("family", "options"), VARIANTS)
@@ -211,6 +212,7 @@ LARGER += [(family, "whole-bf16") for family in ("infinity", "switti", "tokenflo
 LARGER += [(family, "lora-bf16-checkpointing") for family in ("var", "infinity", "switti", "tokenflow")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("inkling", kind) for kind in RUNS if kind not in OWN]
@@ -318,6 +320,7 @@ RECIPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_memory_that_a_recipe_states(path: Path) -> None:
     found = estimate(tiny_runs.parse("train", "--config", str(path)))

@@ -32,6 +32,8 @@ def configured(weights: Path, out: Path, update: str = "alternate", **policy: An
     return replace(config, policy=replace(config.policy, **policy))
 
 
+@pytest.mark.slow
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["full", "prefix", "suffix"])
 def test_a_run_with_adapters(weights: Path, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("peft")

@@ -30,11 +30,13 @@ def test_every_setting_has_a_case() -> None:
         assert (Path(__file__).parents[1] / file).is_file(), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_a_setting_changes_what_a_run_leaves_behind(room: Path, tmp_path: Path, name: str) -> None:
     assert matters(room, tmp_path, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_a_setting_changes_no_number(room: Path, tmp_path: Path, name: str) -> None:
     case = SAME[name]

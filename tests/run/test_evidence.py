@@ -233,6 +233,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_file_is_named_and_kept_and_the_run_goes_on(
     copy: Path, caplog: pytest.LogCaptureFixture, case: str

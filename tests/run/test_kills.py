@@ -111,6 +111,7 @@ def test_an_evaluation_more_changes_no_number(weights: Path, whole: dict[str, An
     assert outcome(tmp_path)["metrics"] == whole["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["tiny_runs:noisy", "tiny_runs:without_regions"])
 def test_killed_before_an_update_that_reuses_pictures(weights: Path, tmp_path: Path, reward: str) -> None:
     """Pictures, scores and regions that are waiting for it come back."""
