@@ -78,6 +78,7 @@ def test_shared_moments_are_one_optimizer() -> None:
     assert list(learner(Bits(), METHOD, moments="segment").optimizers) == ["prefix", "suffix"]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_with_moments_per_segment_resumes_to_the_same_bits(weights: Path, tmp_path: Path) -> None:
     def config(out: str) -> Any:
         made = make_config(weights, tmp_path / out)
