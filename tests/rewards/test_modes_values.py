@@ -157,8 +157,9 @@ def test_a_setting_of_the_process_is_put_back(name: str) -> None:
 @pytest.mark.parametrize("limit", [resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_AS])
 def test_a_limit_is_put_back(limit: int) -> None:
     before = resource.getrlimit(limit)
+    other = 2**45 if before[1] == resource.RLIM_INFINITY else before[1] - 1
     with undisturbed():
-        resource.setrlimit(limit, (2**45, before[1]))
+        resource.setrlimit(limit, (other, before[1]))
         assert resource.getrlimit(limit) != before
     assert resource.getrlimit(limit) == before
 
