@@ -67,6 +67,18 @@ def test_a_batch_without_a_valid_group_moves_nothing() -> None:
     assert log["loss"] == 0
 
 
+def test_terms_that_cancel_take_no_step_and_are_still_to_be_finite() -> None:
+    policy = Bits()
+    made = batch(policy)
+    made.cancelled = True
+    own, before = learner(policy, MethodConfig(beta=0)), weights(policy)
+    log = own.learn(made, stage)
+    assert (log["skipped"], log["not_finite"], own.updates_taken) == (1, 0, 0)
+    made.advantage_B[0] = math.nan
+    assert own.learn(made, stage)["not_finite"] == 1
+    assert same(before, weights(policy))
+
+
 def test_the_warm_up() -> None:
     policy = Bits()
     own = learner(policy, MethodConfig(), learning_rate=1e-5, warmup_from=1e-6, warmup_updates=20)

@@ -18,7 +18,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "learner*.py": (
         *("tests/test_learner*.py", "tests/test_records.py", "tests/test_savings.py", "tests/test_moments.py"),
-        *("tests/test_whole_updates.py", "tests/test_settings_method.py"),
+        "tests/test_settings_method.py",
     ),
     "scoring.py": ("tests/test_scoring*.py", "tests/test_rollout*.py"),
     "rollout.py": ("tests/test_rollout*.py", "tests/test_updates*.py"),
