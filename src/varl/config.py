@@ -119,7 +119,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: after the warm-up.
         warmup_from: the rate that the warm-up starts at.
-        warmup_updates: the warm-up's length.
+        warmup_updates: the warm-up's length; an update counts once, whatever ``method.epochs``.
         suffix_scale: factor on the learning rate of suffix updates; beside prefix updates it needs ``moments`` of
             their own, since shared ones carry most of a suffix gradient into the prefix updates after it.
         betas: decay rates of AdamW's two moments.
