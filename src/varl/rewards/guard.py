@@ -48,7 +48,8 @@ def undisturbed() -> Iterator[None]:
     standard streams, signal handlers and masks, timers, limits of time and size, tracing and the garbage collector. Not
     the random generators: rewards may draw from them.
     ``os._exit`` raises a ``SystemExit`` inside, for there is no other way to survive it; under a name that was bound
-    before (``from os import _exit``) it does end the process. A child that the code forks ends where it would leave the call.
+    before (``from os import _exit``) it does end the process. A child that the code forks ends where it would leave the
+    call.
     A ``KeyboardInterrupt`` passes as such only where Ctrl-C raises one: not while a run notes the signal instead.
     """
     noted = noted_by_the_run(signal.SIGINT)
