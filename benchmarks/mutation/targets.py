@@ -22,7 +22,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "scoring.py": ("tests/test_scoring*.py", "tests/test_rollout*.py"),
     "rollout.py": ("tests/test_rollout*.py", "tests/test_updates*.py"),
-    "trainer*.py": ("tests/test_trainer*.py", "tests/test_records.py", "tests/test_whole_updates.py"),
+    "trainer*.py": (
+        *("tests/test_trainer*.py", "tests/test_records.py", "tests/test_whole_updates.py", "tests/test_cheaper*.py"),
+    ),
     "rewards/*.py": ("tests/rewards/test_*.py", "tests/test_cheaper*.py"),
     "evaluation/*.py": ("tests/evaluation/test_*.py",),
 }
