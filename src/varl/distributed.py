@@ -307,10 +307,10 @@ class Distributed:
             _sum(bucket)
 
     @staticmethod
-    def clip(parameters: Sequence[nn.Parameter], largest: float) -> float:
-        """Scale the gradient of all parameters down to a norm of ``largest``; returns the norm that it had."""
+    def clip(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+        """Scale the gradient of all parameters down to a norm of ``largest``; returns the norm that it had, []."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def whole(self, state: Any) -> Any:
         """A nested state with whole tensors, on the CPU where they were sharded; every process must ask for it.
