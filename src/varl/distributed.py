@@ -83,8 +83,8 @@ class Distributed:
     ) -> None:
         self.config, self.device = config or ParallelConfig(), device or torch.device("cpu")
         self.rank, self.size = rank, size
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", local_rank)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
         self._store: dist.Store | None = None
         self._kept: list[FSDPModule] = []
