@@ -39,9 +39,8 @@ def install(wheels: Path = WHEELS, site: Path = SITE) -> bool:
         return _say("varl is installed with what it requires: no wheels are needed")
     if not found:
         if lacking := absent():
-            return not _say(
-                f"{', '.join(lacking)} missing, and no wheels in {wheels}: make them with tools/gpu/wheels.sh"
-            )
+            lines = (f"missing: {', '.join(lacking)}", f"no wheels in {wheels}; make them with tools/gpu/wheels.sh")
+            return not _say("\n".join(lines))
         return _say("nothing is missing: no wheels are needed")
     shutil.rmtree(site, ignore_errors=True)
     if not (_by_pip(found, site) if importlib.util.find_spec("pip") else _by_unpacking(found, site)):
