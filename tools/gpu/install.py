@@ -35,6 +35,7 @@ def install(wheels: Path = WHEELS, site: Path = SITE) -> bool:
     stamp = _stamp(found)
     if (site / STAMP).is_file() and (site / STAMP).read_text() == stamp:
         return _say(f"the wheels are installed already, in {site}")
+    shutil.rmtree(site, ignore_errors=True)
     if _varl_is_installed():
         return _say("varl is installed with what it requires: no wheels are needed")
     if not found:
@@ -42,7 +43,6 @@ def install(wheels: Path = WHEELS, site: Path = SITE) -> bool:
             lines = (f"missing: {', '.join(lacking)}", f"no wheels in {wheels}; make them with tools/gpu/wheels.sh")
             return not _say("\n".join(lines))
         return _say("nothing is missing: no wheels are needed")
-    shutil.rmtree(site, ignore_errors=True)
     if not (_by_pip(found, site) if importlib.util.find_spec("pip") else _by_unpacking(found, site)):
         shutil.rmtree(site, ignore_errors=True)
         return False

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 EXTRAS = ("infinity", "switti", "tokenflow", "lora")
 """Extras of varl that the tests on a GPU use."""
+LEFT_OUT = ("sentencepiece",)
+"""What only tokenizers of published checkpoints read; no published checkpoint travels."""
 FOR_TESTS = ("pytest", "hypothesis")
 """What the tests need of the extra ``dev``."""
 
@@ -38,7 +40,6 @@ MODULES = {
     "onnxruntime": "onnxruntime",
     "rapidocr": "rapidocr",
     "transformers": "transformers",
-    "sentencepiece": "sentencepiece",
     "protobuf": "google.protobuf",
     "accelerate": "accelerate",
     "peft": "peft",
@@ -53,7 +54,8 @@ def requirements(root: Path = ROOT) -> list[str]:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras: Mapping[str, Sequence[str]] = project["optional-dependencies"]
     found = [*project["dependencies"], *(line for name in EXTRAS for line in extras[name])]
-    return [*found, *(line for line in extras["dev"] if line.startswith(FOR_TESTS))]
+    found += [line for line in extras["dev"] if line.startswith(FOR_TESTS)]
+    return [line for line in found if not line.startswith(LEFT_OUT)]
 
 
 def absent() -> list[str]:
