@@ -21,7 +21,7 @@ while (($#)); do
     case $1 in
         --rehearse) device=cpu small=--small ;;
         --only | --out | --python)
-            (($# > 1)) || refuse "$1 needs a value"
+            [[ -n ${2:-} ]] || refuse "$1 needs a value"
             printf -v "${1#--}" '%s' "$2"
             shift
             ;;

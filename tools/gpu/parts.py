@@ -8,6 +8,7 @@ python -m tools.gpu.parts run 2 --device cuda --out FOLDER [--small] [--install]
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,12 +107,17 @@ def _run(part: Part, device: str, out: Path, small: bool, installs: bool) -> int
     names = [name for name in (part.file, part.figure) if name]
     for name in names:
         (out / name).unlink(missing_ok=True)
+    # ``timeout`` asks the whole group to end, but waits for this process alone: so this one waits for the others.
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     installed = install() if installs else True
-    ended = subprocess.run(command(part, device, out, small)).returncode
+    ended = subprocess.run(command(part, device, out, small)).returncode if not asked else 1
     lacking = [name for name in names if not (out / name).is_file()]
-    for name in lacking:
-        print(f"part {part.number} did not write {name}", flush=True)
-    return ended or int(bool(lacking) or not installed)
+    for said in (f"part {part.number} did not write {name}" for name in lacking):
+        print(said, flush=True)
+    if ended < 0:
+        print(f"part {part.number} was ended by signal {-ended}, {signal.Signals(-ended).name}", flush=True)
+    return int(ended != 0 or bool(lacking) or not installed)
 
 
 if __name__ == "__main__":
