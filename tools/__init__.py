@@ -1,0 +1,1 @@
+"""What developers and users of varl run beside it."""
