@@ -1,0 +1,1 @@
+"""What proves varl on a GPU machine, in one command."""
