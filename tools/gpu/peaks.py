@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from benchmarks.live import LiveStorage
 from torch import nn
 
-from benchmarks.live import LiveStorage
 from varl.trainer import Trainer
 
-__all__ = ["Counted", "Counter", "Reported", "counter", "by_phase"]
+__all__ = ["Counted", "Counter", "Reported", "by_phase", "counter"]
 
 PHASES = {
     "rollout": "rollout",
@@ -66,10 +66,11 @@ class Counted:
     @contextmanager
     def following(self, trainer: Trainer) -> Iterator[None]:
         """Where a trainer's updates are counted, from its first one on."""
-        for policy in (trainer.policy, trainer.reference):
-            module = policy if isinstance(policy, nn.Module) else None  # adapters that are off share the weights
-            for tensor in [] if module is None else [*module.parameters(), *module.buffers()]:
-                self._live.see(tensor)
+        policies: list[Any] = [trainer.policy, trainer.reference]
+        for policy in policies:
+            if isinstance(policy, nn.Module):  # the reference is none where it is the weights without adapters
+                for tensor in [*policy.parameters(), *policy.buffers()]:
+                    self._live.see(tensor)
         with self._live:
             yield
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import varl
 from benchmarks import flops
 from benchmarks.measure import Settings, product, timed
+
+import varl
 from tools.gpu.peaks import Counter, by_phase, counter
 from tools.gpu.texts import TOKENS, random_texts
 from varl import updates
@@ -69,9 +69,11 @@ class Size:
     words: tuple[str, ...] = ()
 
 
-WORDS = ("--policy.weights", "random", "--reward", "benchmarks.shapes:brightness", "--evaluation.enabled", "false")
-WORDS += ("--method.prefix_updates", "1", "--method.suffix_updates", "1", "--run.updates", "4")
-WORDS += ("--run.gallery_every", "0", "--run.diagnose_every", "0")
+WORDS = (
+    *("--policy.weights", "random", "--reward", "benchmarks.shapes:brightness", "--evaluation.enabled", "false"),
+    *("--method.prefix_updates", "1", "--method.suffix_updates", "1", "--run.updates", "4"),
+    *("--run.gallery_every", "0", "--run.diagnose_every", "0"),
+)
 TEXTS = ("--prompts.source", "inkling:train", "--prompts.count", "64")
 
 

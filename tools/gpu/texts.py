@@ -27,7 +27,7 @@ def _drawn(text: str, *shape: int) -> Tensor:
 def _with_texts(family: str, config: Mapping[str, Any] | None, weights: Any) -> Policy:
     """``varl.load_policy``, with something that reads texts in place of encoders that are not there."""
     policy: Any = load_policy(family, config, weights)
-    shape = getattr(policy.trainable, "config", None)
+    shape: Any = getattr(policy.trainable, "config", None)
     if family == "infinity":
         tokens = min(TOKENS[family], shape.text_maxlen)
 
