@@ -28,7 +28,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     config = var_shaped(256, 1024, depth, method=method, sampling=Sampling(), precision=precision)
     trainer = Bench(config, settings, folder).trainer
     policy, schedule = trainer.policy, trainer.schedule
-    shape = flops.Width.of(policy.trainable)
+    shape = flops.Shape.of(policy)
     prompts = [prompt for _, prompt in trainer.stream.next(1)] * count
     condition = policy.condition(prompts, schedule)
     generators = row_generators((settings.seed,), count)
@@ -57,7 +57,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
 
     whole, upper = (count * flops.forward(shape, schedule, steps) for steps in (every, fine))
     work = {
-        "forward and backward": (train, 3 * whole, Goal(0.45 if on_gpu else 0.6)),
+        "forward and backward": (train, count * flops.training(shape, schedule, every), Goal(0.45 if on_gpu else 0.6)),
         "sampling from 8x8 up": (lambda: sample(Sampling()), upper, None if on_gpu else Goal(0.5)),
         "sampling from 8x8 up, guided, top-k, top-p": (lambda: sample(paper()), 2 * upper, None),
         "forward alone (reference)": (score, whole, None),

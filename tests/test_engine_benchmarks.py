@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -18,15 +19,19 @@ from benchmarks.savings import SAVINGS, Saving, all_classes_sorted
 from benchmarks.scaling import exponent, straightness
 from benchmarks.shapes import Bench, Kind, Naive, Step, paper, sides, var_shaped
 from benchmarks.updates import Case, case_rows, cases, check
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_runs
 from small import counting
-from varl import Prompt, Sampling, ScaleSchedule, load_policy, rollout
-from varl.config import EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
-from varl.policy import Condition
+from test_plan import TEXT, condition_of, config_of
+from varl import Prompt, Sampling, ScaleSchedule, load_policy
+from varl.adapters import add_adapters
+from varl.config import AdapterConfig, EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
+from varl.policy import Condition, Policy
 from varl.sampling import filter_logits
+from varl.updates import plan
 
 VAR = {
     "transformer": {"embed_dim": 64, "num_heads": 2, "depth": 3, "patch_nums": (1, 2, 3, 4), "mlp_ratio": 3.0},
@@ -34,6 +39,20 @@ VAR = {
 }
 LINEAR = ("aten.mm", "aten.addmm")
 METHOD = MethodConfig(middle="grid:3", prompts=2, group=4, continuations=2)
+
+
+def counted_policy(family: str) -> Policy:
+    """A small random policy of a family."""
+    name, _, ar = family.partition("-")
+    policy = load_policy(name, config_of(name, **({"use_ar": bool(ar)} if name == "switti" else {})), "random")
+    cast(nn.Module, policy).requires_grad_(False)
+    policy.trainable.requires_grad_(True)
+    return policy
+
+
+def text_of(policy: Policy) -> int:
+    """Tokens of text of ``condition_of``."""
+    return {"infinity": TEXT, "switti": 77}.get(policy.family, 0)
 
 
 @pytest.fixture
@@ -59,37 +78,85 @@ def matrix_flop(counter: FlopCounterMode, kinds: tuple[str, ...]) -> int:
 
 
 @pytest.mark.parametrize("steps", [range(2), range(4), range(2, 4)])
-def test_forward_is_counted_exactly(steps: range):
-    policy = load_policy("var", VAR, "random")
-    condition = policy.condition([Prompt(label=0), Prompt(label=1)])
-    schedule, shape = condition.schedule, flops.Width.of(policy.trainable)
-    actions = torch.randint(80, (2, schedule.tokens))
-    state = rollout(policy, condition, until=steps.start, keep_state=True).state if steps.start else None
+@pytest.mark.parametrize("family", ["inkling", "var", "infinity", "switti", "switti-ar"])
+def test_forward_is_counted_exactly(family: str, steps: range):
+    policy = counted_policy(family)
+    condition, schedule = condition_of(policy), policy.default_schedule
+    shape = flops.Shape.of(policy, text_of(policy))
+    actions = torch.randint(policy.classes, (2, schedule.tokens, *policy.event))
+    with torch.no_grad():
+        state = policy.prefill(condition, actions, steps.start) if steps.start else None
     # Torch does not count its fused attention on a CPU; the plain one is two batched products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         policy.logits(policy.hidden(condition, actions, steps, state))
+    pooling = 0
+    if family == "infinity":  # what it pools a text with, which is left out
+        config = policy.trainable.config  # type: ignore[union-attr]
+        pooling = 4 * TEXT * config.embed_dim
     assert matrix_flop(counter, LINEAR) == 2 * flops.linear(shape, schedule, steps)
-    assert matrix_flop(counter, ("aten.bmm",)) == 2 * flops.attention(shape, schedule, steps)
+    assert matrix_flop(counter, ("aten.bmm",)) == 2 * (flops.attention(shape, schedule, steps) + pooling)
     assert flops.forward(shape, schedule, steps) == flops.linear(shape, schedule, steps) + flops.attention(
         shape, schedule, steps
     )
 
 
-def test_backward_costs_two_products_for_each_of_forward():
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("family", ["inkling", "var", "infinity", "switti"])
+def test_backward_costs_a_product_for_each_gradient(family: str, lora: bool):
+    """Two for each of forward's, and one where a weight is frozen, but for what needs no gradient at all."""
+    policy = counted_policy(family)
+    if lora:
+        add_adapters(policy, AdapterConfig(rank=16))
+    condition, schedule = condition_of(policy), policy.default_schedule
+    shape = flops.Shape.of(policy, text_of(policy))
+    actions, steps = torch.randint(policy.classes, (2, schedule.tokens, *policy.event)), range(len(schedule))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        policy.logits(policy.hidden(condition, actions, steps)).sum().backward()
+    counted = 2 * flops.training(shape, schedule, steps)
+    assert matrix_flop(counter, (*LINEAR, "aten.bmm")) == pytest.approx(counted, rel=0.02)
+    forward = flops.forward(shape, schedule, steps)
+    if lora:
+        assert 2.0 < counted / 2 / forward < 2.4
+    else:
+        assert counted / 2 == pytest.approx(3 * forward)
+
+
+def test_backward_of_var_is_counted_exactly():
     policy = load_policy("var", VAR, "random")
     condition = policy.condition([Prompt(label=0)])
-    schedule, shape = condition.schedule, flops.Width.of(policy.trainable)
+    schedule, shape = condition.schedule, flops.Shape.of(policy)
     logits = policy.logits(policy.hidden(condition, torch.randint(80, (1, schedule.tokens)), range(4)))
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
     # Input maps need no gradient: that one product is not there.
-    maps = 2 * (schedule.tokens - 1) * shape.code_width * shape.width
+    maps = 2 * (schedule.tokens - 1) * 16 * 64
     assert matrix_flop(counter, LINEAR) == 2 * flops.linear(shape, schedule, range(4)) - maps
 
 
+def test_a_family_that_is_not_counted_is_named():
+    with pytest.raises(ValueError, match="inkling, var, infinity, switti, not for tokenflow"):
+        flops.Shape.of(load_policy("tokenflow", config_of("tokenflow"), "random"))
+
+
+def test_a_shared_prefix_is_counted_once_a_group_and_never_by_the_head():
+    policy = load_policy("var", VAR, "random")
+    schedule, shape, method = policy.default_schedule, flops.Shape.of(policy), METHOD
+    plans = {kind: plan(kind, method, schedule) for kind in ("prefix", "suffix")}  # type: ignore[arg-type]
+    head = 2 * 64 * 80
+    prefix, suffix = (flops.forward(shape, schedule, plans[kind].steps) for kind in ("prefix", "suffix"))
+    tokens = schedule.prefix_tokens(plans["suffix"].steps.start)
+    assert flops.learning(shape, schedule, plans["prefix"], 8) == 3 * 8 * prefix
+    assert flops.learning(shape, schedule, plans["suffix"], 8) == 3 * (8 * suffix + 2 * (prefix - tokens * head))
+    alone = replace(shape, causal=False)
+    seen = flops.forward(alone, schedule, plans["suffix"].steps)
+    assert flops.learning(alone, schedule, plans["suffix"], 8) == 3 * 8 * seen < 3 * 8 * suffix
+
+
 def test_an_updates_operations_are_its_needs():
-    schedule, shape = ScaleSchedule.square((1, 2, 4)), flops.Width(64, 2, 256, 100, 8)
+    schedule = ScaleSchedule.square((1, 2, 4))
+    shape = flops.Shape((flops.Product("token", 100.0), flops.Product("scored", 7.0), flops.Product("row", 9.0)), 3.0)
     parts = [flops.forward(shape, schedule, steps) for steps in (range(2), range(2, 3))]
+    assert parts == [5 * 107 + 9 + 3 * (1 + 4 * 5), 16 * 107 + 9 + 3 * 16 * 21]
     counted = needs("prefix", prompts=1, group=3, continuations=2, prefix=5, suffix=16, guided=False, reference=True)
     assert flops.update(shape, schedule, 2, counted) == pytest.approx(3 * parts[0] * (1 + 3 + 1) + 6 * parts[1])
     counted = needs("suffix", prompts=2, group=3, continuations=2, prefix=5, suffix=16, guided=True, reference=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any, cast
 import pytest
 import torch
 from benchmarks.live import LiveStorage, saved_storages, storage_bytes
+from benchmarks.peaks import _make_moments
+from tools.gpu.peaks import by_phase, counter
 from torch import nn
 
 import tiny_runs
@@ -31,7 +34,7 @@ from varl.config import (
     TrainConfig,
 )
 from varl.models import FAMILIES, save_policy
-from varl.plan import SAVED, TEXT_ENCODERS, Estimate, Item, estimate, saved_bytes, shape_of
+from varl.plan import SAVED, TEXT_ENCODERS, Estimate, Item, Phase, estimate, saved_bytes, shape_of
 from varl.policy import Condition, Policy
 from varl.sampling import Sampling
 from varl.trainer import Trainer
@@ -83,6 +86,23 @@ def condition_of(policy: Policy, rows: int = 2) -> Condition:
     return made.condition_from(text | {"attn_bias": torch.zeros(rows, 77)})
 
 
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Where autocast normalises in fp32, as it does on a GPU; on a CPU it stays in bf16."""
+
+    def exact(norm: Any) -> Any:
+        def called(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+            return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *rest, **options)
+
+        return called
+
+    functional = torch.nn.functional
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("layer_norm", "group_norm"):
+            patch.setattr(functional, name, exact(getattr(functional, name)))
+        yield
+
+
 VARIANTS = [
     pytest.param("inkling", {}, id="inkling"),
     pytest.param("var", {}, id="var"),
@@ -108,6 +128,7 @@ def test_saved_activations(family: str, options: dict[str, Any], half: bool, che
     condition, schedule = condition_of(policy), policy.default_schedule
     actions = torch.randint(policy.classes, (2, schedule.tokens, *policy.event))
     with (
+        as_on_a_gpu(),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
         saved_storages([*module.parameters(), *module.buffers()]) as found,
     ):
@@ -222,14 +243,70 @@ def test_the_peak_of_an_update(family: str, kind: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(varl.loading, "load_policy", with_texts)
     config = small_run(family, tmp_path, **dict(RUNS[kind]))
     trainer = Trainer(config)
-    trainer.step()
-    with tracking(trainer) as live:
+    with as_on_a_gpu():
         trainer.step()
+        with tracking(trainer) as live:
+            trainer.step()
     found = estimate(config)
     assert found.largest_phase() == (kind if kind in ("rollout", "decode") else "update")
     # With adapters on Switti, less is saved than its blocks save where everything is trained.
     rel = 0.3 if family == "switti" and config.policy.lora.rank else 0.2
     assert found.peak() == pytest.approx(live.peak, rel=rel)
+
+
+BOTH = {"update": "alternate", "prefix_updates": 1, "suffix_updates": 1, "prompts": 1, "group": 2, "continuations": 2}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_phases_of_both_kinds_of_update(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, with guidance: every phase within 15% of what is counted, and so the peak."""
+    monkeypatch.setattr(varl.loading, "load_policy", with_texts)
+    policy, run = {"precision": "bfloat16"}, {"micro_batch": 1, "rollout_batch": 2}
+    config = small_run(family, tmp_path, depth=2, method=BOTH, policy=policy, run=run, sampling=Sampling(guidance=2.0))
+    memory = counter(torch.device("cpu"))
+    trainer, found = Trainer(config), estimate(config)
+    with as_on_a_gpu(), memory.following(trainer):
+        _make_moments(trainer.learner.optimizers[""])
+        for parameter in trainer.learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        with by_phase(trainer, memory) as peaks:
+            assert [trainer.step()["kind"] for _ in range(2)] == ["prefix", "suffix"]
+    # On a CPU the pictures, and what is made of them, lie beside the rest.
+    pictures = 4 * 3 * math.prod(trainer.schedule.image_size) * 4
+    for phase in ("rollout", "decode", "update", "optimizer") if family != "inkling" else ("rollout", "update"):
+        planned = found.of("always") + found.of(cast(Phase, phase))
+        assert planned == pytest.approx(peaks[phase] - pictures * (phase != "rollout"), rel=0.15), phase
+    assert found.peak() == pytest.approx(max(peaks.values()) - pictures, rel=0.15)
+
+
+@pytest.mark.parametrize(("family", "tokenizer"), [("var", {"ch": 32}), ("infinity", {"base_ch": 32})])
+def test_what_a_decoder_holds(family: str, tokenizer: dict[str, int]) -> None:
+    """With the published multipliers: Infinity's last doubling is twice as wide as what it ends with."""
+    shape = config_of(family, depth=1)
+    codes = {
+        key: shape["tokenizer"][key]
+        for key in ("vocab_size", "z_channels", "codebook_dim")
+        if key in shape["tokenizer"]
+    }
+    policy = load_policy(family, shape | {"tokenizer": tokenizer | codes}, "random")
+    schedule = policy.default_schedule
+    actions = torch.zeros(1, schedule.tokens, *policy.event, dtype=torch.long)
+    with torch.no_grad(), LiveStorage() as live:
+        policy.decode(actions)
+    maps = {"var": 4 * 32, "infinity": 3 * 64}[family]
+    assert shape_of(policy, schedule, False).maps == maps
+    assert live.peak == pytest.approx(4 * maps * math.prod(schedule.image_size), rel=0.05)
+
+
+def test_drawing_has_a_precision_of_its_own() -> None:
+    policy = PolicyConfig("var", config={"size": "d16"})
+    config = TrainConfig(policy=policy, method=MethodConfig(update="full"))
+    drawn = replace(config, policy=replace(policy, rollout_precision="bfloat16"))
+    assert item(drawn, "keys and values") == item(config, "keys and values") / 2
+    assert estimate(drawn).of("update") == estimate(config).of("update")
+    assert estimate(replace(config, policy=replace(policy, precision="bfloat16"))).of("update") < estimate(drawn).of(
+        "update"
+    )
 
 
 def item(config: TrainConfig, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -67,13 +68,17 @@ def choose_device(name: str) -> torch.device:
 def prepare(config: PolicyConfig, device: torch.device) -> Policy:
     """Load a policy as a run uses it: on its device, only what is trained with gradients, adapters if asked for.
 
+    Weights ``random`` are drawn on the device itself, by its generator: the same seed gives other ones on a GPU than on
+    the CPU, so a run that began with them on one kind of device is not gone on with on another.
+
     Raises:
         ValueError, FileNotFoundError, ImportError: if the configuration cannot be carried out.
     """
     if device.type == "cpu":
         keep_freed()
     config = with_adapters(config)
-    policy = load_policy(config.family, config.config, config.weights)
+    with device if config.weights == "random" else nullcontext():
+        policy = load_policy(config.family, config.config, config.weights)
     if getattr(policy, "tokenizer", None) is None:
         raise ValueError(f"{config.family} draws no pictures without its tokenizer: give policy.weights one")
     # Not every parameter of the trainable part is one: a family may keep some fixed.

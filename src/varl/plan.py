@@ -12,7 +12,9 @@ depth D, and e bytes an element (4, or 2 where autocast computes in bf16)::
 ``full``, ``working``, ``rounded``, ``ffn``, ``text`` and ``edges`` are numbers of a family (``SAVED``): how many
 tensors of width C (F) its block keeps in fp32, in the type it computes in, as rounded copies, in the feed-forward,
 for each of T tokens of text, and how many are kept outside the blocks. They were counted on small models with
-hooks on saved tensors, and the tests count them again.
+hooks on saved tensors, and the tests count them again, by a GPU's rules: under autocast it normalises in fp32, where a
+CPU would stay in bf16. What only a GPU has is in no item: CUDA's own share, about 0.5 GB, the workspaces of its
+libraries, about 0.1 GB, and what lies unused between tensors. It is what ``HEADROOM`` leaves.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from varl import updates
 from varl.adapters import adapter_parameters, with_adapters
 from varl.config import TrainConfig
 from varl.models import load_policy
+from varl.models.autoencoder import Upsample
 from varl.models.blocks import blocks_of
 from varl.policy import Policy
 from varl.sampling import LOGITS
@@ -43,8 +46,9 @@ HEADROOM = 0.9
 MAX_GPUS = 4096
 AUTO = 1
 """Sequences in a pass that are counted where the run will measure: it takes more only if they fit."""
-MAPS = 4
-"""Feature maps of the full size, in fp32, that a convolutional decoder holds at once."""
+MAPS, WIDE_MAPS = 4, 3
+"""Feature maps of the full size, in fp32, that a convolutional decoder holds at once: of the channels that it ends
+with, and, where that is more, of those that the last doubling of the size comes with."""
 TEXT_ENCODERS = {"infinity": 2 * 1_223_527_424, "switti": 4 * (123_060_480 + 693_021_440)}
 """Bytes of the frozen text encoders: that of flan-t5-xl in fp16; CLIP ViT-L and OpenCLIP ViT-bigG in fp32."""
 
@@ -67,7 +71,7 @@ SAVED = {
     "inkling": Saved(full=2.06, working=7.0, rounded=0.0, ffn=2),
     "var": Saved(full=8.2, working=8.0, rounded=1.9, ffn=2),
     "infinity": Saved(full=9.2, working=11.0, rounded=1.9, ffn=2, text=2),
-    "switti": Saved(full=13.1, working=16.1, rounded=0.0, ffn=2, text=5),
+    "switti": Saved(full=13.1, working=16.1, rounded=5.8, ffn=2, text=5),
     "tokenflow": Saved(full=4.1, working=11.0, rounded=3.5, ffn=4, edges=3.5),
 }
 GATED = 4
@@ -85,7 +89,7 @@ class Shape:
         saved: the family's numbers.
         cache: bytes of the keys and values of one row.
         classes: logits of a token.
-        channels: of the decoder at the full size.
+        maps: numbers a pixel that the decoder holds at once.
         linear: weights of linear layers, which autocast copies.
     """
 
@@ -97,7 +101,7 @@ class Shape:
     saved: Saved
     cache: int
     classes: int
-    channels: int
+    maps: int
     linear: int
 
 
@@ -168,8 +172,19 @@ def saved_bytes(shape: Shape, rows: int, tokens: float, half: bool, checkpointin
     return edges + shape.depth * block_bytes(shape, rows, tokens, half)
 
 
+def _maps(decoder: nn.Module | None) -> int:
+    """Numbers a pixel that a decoder of pictures holds at once; 0 for one that doubles no size, which is small."""
+    parts = [] if decoder is None else list(decoder.modules())
+    doubling = [part for part in parts if isinstance(part, Upsample)]
+    if not doubling:
+        return 0
+    wide = min(next(c.out_channels for c in part.modules() if isinstance(c, nn.Conv2d)) for part in doubling)
+    last = [part for part in parts if isinstance(part, nn.Conv2d)][-1].in_channels
+    return max(MAPS * last, WIDE_MAPS * wide)
+
+
 def shape_of(policy: Policy, schedule: ScaleSchedule, half: bool) -> Shape:
-    """The shape of a policy, which may be on the meta device, that computes in bf16 (``half``) or fp32."""
+    """The shape of a policy, which may be on the meta device, that draws in bf16 (``half``) or fp32."""
     model: Any = policy.trainable
     blocks = blocks_of(model)
     layers = dict(blocks[0].named_modules())
@@ -191,8 +206,6 @@ def shape_of(policy: Policy, schedule: ScaleSchedule, half: bool) -> Shape:
     state = elements * (2 if half else 4)
     if policy.family == "switti":
         state += len(blocks) * 2 * text * enter.in_features * 4
-    kept = getattr(tokenizer, "config", None)
-    channels = next((getattr(kept, name) for name in ("dec_ch", "base_ch", "ch") if hasattr(kept, name)), 0)
     return Shape(
         width=enter.in_features,
         ffn=enter.out_features,
@@ -202,7 +215,7 @@ def shape_of(policy: Policy, schedule: ScaleSchedule, half: bool) -> Shape:
         saved=saved,
         cache=state,
         classes=math.prod(policy.event) * policy.classes,
-        channels=channels,
+        maps=_maps(getattr(tokenizer, "decoder", None)),
         linear=sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear),
     )
 
@@ -223,8 +236,7 @@ def estimate(config: TrainConfig) -> Estimate:
         known = ", ".join(SAVED)
         raise ValueError(f"the memory of {policy.family} cannot be planned: varl plan knows {known} (varl.plan.SAVED)")
     schedule = policy.schedules(config.policy.resolution, config.policy.aspect_ratio)
-    half = config.policy.precision == "bfloat16"
-    shape, lora = shape_of(policy, schedule, half), config.policy.lora
+    shape, lora = shape_of(policy, schedule, _half(config, "rollout")), config.policy.lora
     weights = _bytes(policy.trainable)
     trained = sum(p.numel() for p in policy.trainable.parameters() if p.requires_grad)
     adapters = adapter_parameters(policy, lora) if lora.rank else 0
@@ -245,11 +257,13 @@ def estimate(config: TrainConfig) -> Estimate:
     kinds = ("prefix", "suffix") if config.method.update == "alternate" else (config.method.update,)
     plans = [updates.plan(cast(updates.Kind, kind), config.method, schedule) for kind in kinds]
     items += max((_rollout(config, shape, schedule, plan) for plan in plans), key=_total)
-    maps = MAPS * 4 * shape.channels * math.prod(schedule.image_size)
+    maps = 4 * shape.maps * math.prod(schedule.image_size)
     items.append(Item("pictures decoded at once", config.run.picture_batch * maps, "decode"))
     shares = getattr(policy, "shares_keys", True)
     items += max((_update(config, shape, schedule, plan, shares) for plan in plans), key=_total)
-    items.append(Item("optimizer's step", 4 * trained, "optimizer", sharded=True))
+    # Clipping and AdamW work in place, beside the copies that autocast still keeps.
+    if not lora.rank:
+        items.append(_copies(config, shape, "optimizer"))
     return Estimate(items, trained)
 
 
@@ -261,16 +275,22 @@ def _total(items: Iterable[Item]) -> float:
     return sum(item.bytes for item in items)
 
 
+def _half(config: TrainConfig, phase: Phase) -> bool:
+    """Whether a phase computes in bf16."""
+    drawn = config.policy.rollout_precision if phase == "rollout" else None
+    return (drawn or config.policy.precision) == "bfloat16"
+
+
 def _copies(config: TrainConfig, shape: Shape, phase: Phase) -> Item:
     """The bf16 copies of weights that autocast makes: of trained ones it keeps all until the phase ends."""
-    half, frozen = config.policy.precision == "bfloat16", config.policy.lora.rank > 0
+    half, frozen = _half(config, phase), config.policy.lora.rank > 0
     kept = not frozen or (phase == "update" and not config.policy.checkpointing)
     return Item("weights in bf16", half * 2 * shape.linear / (1 if kept else shape.depth), phase, sharded=kept)
 
 
 def _rollout(config: TrainConfig, shape: Shape, schedule: ScaleSchedule, plan: updates.Plan) -> list[Item]:
     """At the last step: the prefixes' caches and those of their continuations, the grid's logits, one block."""
-    method, sampling, half = config.method, config.sampling, config.policy.precision == "bfloat16"
+    method, sampling, half = config.method, config.sampling, _half(config, "rollout")
     heads, guided = method.prompts * plan.heads, sampling.guidance > 0
     size = config.run.rollout_batch or heads * plan.tails
     together = min(max(size // plan.tails, 1), heads)
@@ -298,7 +318,7 @@ def _update(
     config: TrainConfig, shape: Shape, schedule: ScaleSchedule, plan: updates.Plan, shares_keys: bool
 ) -> list[Item]:
     """One micro-batch, between its forward and backward pass: what is saved, and the head or a block at work."""
-    method, half = config.method, config.policy.precision == "bfloat16"
+    method, half = config.method, _half(config, "update")
     guided = method.logp == "sampling" and config.sampling.guidance > 0
     size = AUTO if config.run.micro_batch == "auto" else config.run.micro_batch
     sequences = min(size, method.prompts * plan.group)

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         spread(self, std)
         self.pos_start.normal_(0, std)
         self.text_proj_for_sos.ca.mat_q.normal_(0, std)
-        rows = torch.empty(self.cfg_uncond.shape)
+        rows = torch.empty(self.cfg_uncond.shape, device="cpu")  # upstream's generator is the CPU's
         nn.init.trunc_normal_(rows, std=1.2, a=-2, b=2, generator=torch.Generator().manual_seed(0))
         self.cfg_uncond.copy_(rows / math.sqrt(config.text_channels))
         for layer in self.head.modules():
