@@ -76,6 +76,18 @@ def test_extras_bring_their_own_through_other_extras_whoever_asks_last() -> None
     assert lacking(["a"], "z", packages) == ["a==1", "plain==1"]
 
 
+def test_extras_that_several_ask_for_are_all_brought() -> None:
+    packages = {
+        "a==1": ["b[first]"],
+        "b==1": ["one; extra == 'first'", "two; extra == 'second'"],
+        "one==1": [],
+        "two==1": [],
+    }
+    assert lacking(["a", "b[second]"], "z", packages) == ["a==1", "b==1", "one==1", "two==1"]
+    assert lacking(["b[second]", "a"], "b==1", packages) == ["a==1", "one==1", "two==1"]
+    assert lacking(["b[second]", "b"], "b==1", packages) == ["two==1"]
+
+
 def test_extras_of_what_is_installed_are_fetched_and_the_rest_of_it_is_not() -> None:
     packages = {"a==1": ["plain", "deep; extra == 'more'"], "a==2": [], "deep==1": []}
     assert lacking(["a[more]>=1"], "a==1", packages) == ["deep==1"]
@@ -94,8 +106,20 @@ def test_a_requirement_of_something_fetched_can_make_an_installed_one_too_old() 
 
 
 def test_one_version_of_each_is_carried_that_all_who_ask_accept() -> None:
-    packages = {"a==1": ["c"], "b==1": ["c<2"], "c==1": [], "c==2": ["only-of-two"], "only-of-two==1": []}
+    packages = {"a==1": ["c"], "b==1": ["c<2"], "c==1": [], "c==2": []}
     assert lacking(["a", "b"], "z", packages) == ["a==1", "b==1", "c==1"]
+
+
+def test_what_only_a_version_needs_that_gave_way_is_not_carried() -> None:
+    packages = {
+        "a==1": ["d"],
+        "c==1": [],
+        "c==2": ["only-of-two"],
+        "only-of-two==1": [],
+        "d==1": ["e"],
+        "e==1": ["c<2"],
+    }
+    assert lacking(["a", "c"], "z", packages) == ["a==1", "c==1", "d==1", "e==1"]
 
 
 def test_ranges_that_exclude_each_other_are_refused() -> None:

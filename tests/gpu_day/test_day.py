@@ -145,14 +145,16 @@ def test_a_new_day_starts_without_the_results_of_another(day: Path, tmp_path: Pa
     assert process.wait(PATIENCE) == 130
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_day_ends_its_part_and_keeps_what_it_has(
-    day: Path, tmp_path: Path, kind: signal.Signals
-) -> None:
+@pytest.mark.parametrize("at_a_terminal", [True, False])
+def test_an_interrupted_day_ends_its_part_and_keeps_the_others(day: Path, tmp_path: Path, at_a_terminal: bool) -> None:
+    """Control-C at a terminal reaches all processes of the day; another process ends the script alone."""
     out = tmp_path / "out"
     process = start(day, out, {2: "hang"})
     wait_for((out / "pid").exists)
-    process.send_signal(kind)
+    if at_a_terminal:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert results(out) == ["passed", "interrupted", "not run", "not run", "not run"]

@@ -91,7 +91,7 @@ run_part() { # number, limit in seconds
     [[ $number != 1 && -z $only ]] || install=--install
     say "part $number begins; it has $2 s"
     timeout -k 5 "$2" "$python" -m tools.gpu.parts run "$number" --device "$device" --out "$out" \
-        ${small:+"$small"} ${install:+"$install"} >&3 2>&1 3>&- &
+        ${small:+"$small"} ${install:+"$install"} >&3 2>&1 &
     child=$!
     wait "$child" || code=$?
     child=''
