@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-processors lint results clean
+.PHONY: demo test test-all test-processors lint results gpu clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,5 +33,9 @@ results: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.results run
 	$(BIN)/python -m benchmarks.results report
 
+# Prove varl on this machine's GPU in ten minutes; tools/gpu/wheels.sh serves machines without a network.
+gpu: $(VENV)/.ready
+	tools/gpu/day.sh --python $(BIN)/python
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) tools/gpu/.site .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,13 @@ NUMERIC += ("adapters", "cheaper", "ema", "example", "policy_settings", "probe",
 """Folders of tests, and beginnings of modules' names after ``test_``, that compare computed numbers."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of ``tests/gpu``, here so that they are known whether that folder is named or found."""
+    group = parser.getgroup("gpu", "tests on a GPU")
+    group.addoption("--gpu-device", help="where they run: cuda, by default if torch sees a GPU; or cpu, a rehearsal")
+    group.addoption("--gpu-report", type=Path, help="a JSON file for what they measure")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark quick tests of numbers; ``make test-processors`` runs them as other processors would compute."""
     for item in [item for item in items if HERE in item.path.parents]:

@@ -141,7 +141,7 @@ def _measured(folder: Path) -> dict[str, Any]:
         seconds(learner, *arguments)
         return costs[learner.micro_batch]
 
-    sizing._seconds, sizing._filled = told, lambda: 0.0
+    sizing._seconds, sizing._filled = told, lambda device: 0.0
     try:
         with in_double():
             run = train(config(folder, "measured", "fsdp2", micro_batch="auto", diagnose_every=1))

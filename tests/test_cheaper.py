@@ -212,7 +212,7 @@ def costing(monkeypatch: pytest.MonkeyPatch, cost: dict[int, float], filled: flo
         return cost[own.micro_batch]
 
     monkeypatch.setattr(sizing, "_seconds", seconds)
-    monkeypatch.setattr(sizing, "_filled", lambda: filled)
+    monkeypatch.setattr(sizing, "_filled", lambda device: filled)
     return tried
 
 

@@ -215,16 +215,31 @@ def test_some_positions_at_a_time_are_as_all_at_once(options: dict[str, Any], mo
     assert found[0][1].shape == (3, 7, 2)
 
 
-def test_only_positions_with_ties_are_sorted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    logits[2, :5] = 4.0
-    expected = torch.stack([filter_logits(row, Sampling(top_k=3, top_p=0.6)) for row in logits])
-    whole, sizes = varl.sampling._top_p, []
+@pytest.mark.parametrize("waits", [True, False], ids=["host", "device"])
+def test_ties_are_told_apart_as_where_all_classes_are_sorted(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where it may look whether there are ties; and on a device, whose numbers it does not wait for."""
+    if not waits:
+        monkeypatch.setattr(varl.sampling, "_none", lambda flags: False)
+    generator = torch.Generator().manual_seed(0)
+    for classes in range(2, 10):
+        logits = (2 * torch.randn(200, classes, generator=generator)).round() / 2
+        for top_k in range(1, classes):
+            kth = logits.sort(-1).values[:, classes - top_k, None]
+            left = logits.masked_fill(logits < kth, -torch.inf)
+            for top_p in (0.01, 0.3, 0.5, 0.75, 0.9, 0.999):
+                found = filter_logits(logits, Sampling(top_k=top_k, top_p=top_p))
+                assert torch.equal(found, filter_logits(left, Sampling(top_p=top_p))), (classes, top_k, top_p)
 
-    def counted(some: torch.Tensor, top_p: float) -> torch.Tensor:
-        sizes.append(len(some))
-        return whole(some, top_p)
 
-    monkeypatch.setattr(varl.sampling, "_top_p", counted)
-    assert torch.equal(filter_logits(logits, Sampling(top_k=3, top_p=0.6)), expected)
-    assert sizes == [1]
+def test_many_ties_beyond_top_k() -> None:
+    """Of a thousand alike classes top-p takes the last ones, however few top-k was asked for."""
+    logits = torch.zeros(1, 1000)
+    kept = filter_logits(logits, Sampling(top_k=3, top_p=0.2505)).isfinite().nonzero()[:, 1]
+    assert kept.tolist() == list(range(749, 1000))
+
+
+def test_the_same_draws_where_the_host_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = filter_logits(torch.randn(500, 3, 7, generator=torch.Generator().manual_seed(0)), Sampling(top_k=3))
+    known = draw(logits, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(varl.sampling, "_none", lambda flags: False)
+    assert torch.equal(draw(logits, torch.Generator().manual_seed(1)), known)

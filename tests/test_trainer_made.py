@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny_runs
+import varl.clock
 from test_trainer import assert_same, make_config, weights_of
 from varl import trainer as module
 from varl import updates
@@ -255,7 +256,8 @@ def test_the_time_of_stages(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> N
     def wait(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(varl.clock, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    made.clock.seconds()
     with faults.armed(points.append):
         for _ in range(2):
             with made.stage("a"):
@@ -267,7 +269,8 @@ def test_the_time_of_stages(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> N
                 wait(8)
                 with made.stage("b"):
                     wait(16)
-    assert made.seconds == {"a": 18.0, "b": 36.0, "c": 8.0}
+    assert made.clock.seconds() == {"a": 18.0, "b": 36.0, "c": 8.0}
+    assert made.clock.seconds() == {}
     assert points == ["a", "b", "c", "b"] * 2
 
 

@@ -1,1 +1,1 @@
-"""Scripts that are no part of the package."""
+"""What developers and users of varl run beside it."""

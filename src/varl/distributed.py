@@ -83,8 +83,8 @@ class Distributed:
     ) -> None:
         self.config, self.device = config or ParallelConfig(), device or torch.device("cpu")
         self.rank, self.size = rank, size
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", local_rank)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
         self._store: dist.Store | None = None
         self._kept: list[FSDPModule] = []
@@ -307,10 +307,10 @@ class Distributed:
             _sum(bucket)
 
     @staticmethod
-    def clip(parameters: Sequence[nn.Parameter], largest: float) -> float:
-        """Scale the gradient of all parameters down to a norm of ``largest``; returns the norm that it had."""
+    def clip(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+        """Scale the gradient of all parameters down to a norm of ``largest``; returns the norm that it had, []."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def whole(self, state: Any) -> Any:
         """A nested state with whole tensors, on the CPU where they were sharded; every process must ask for it.

@@ -16,6 +16,7 @@ from varl.policy import Policy
 from varl.rollout import Rollout
 from varl.sampling import Sampling
 from varl.scoring import Scores, log_probs
+from varl.transfer import read, sent
 
 __all__ = ["Batch", "Learner"]
 
@@ -132,8 +133,7 @@ class Learner:
                     figures.append(_figures(inputs, output, scores, batch))
             with stage("optimizer"):
                 self.distributed.add_up(self.parameters)
-                plain = [{name: torch.as_tensor(v).tolist() for name, v in part.items()} for part in figures]
-                of_all = [part for given in self.distributed.gather_values(plain) for part in given]
+                of_all = [part for given in self.distributed.gather_values(_read(figures)) for part in given]
                 norm, taken = self._step(of_all, batch)
             log["skipped"] += not taken
             log["not_finite"] += bool(of_all) and not _finite(norm, of_all)
@@ -193,7 +193,7 @@ class Learner:
         return log_probs(
             policy,
             sequences.condition.select(rows),
-            sequences.actions[rows],
+            sequences.actions[sent(rows, sequences.actions.device)],
             steps,
             guidance=self.guidance,
             shared=min(shared, len(rows)),
@@ -218,7 +218,8 @@ class Learner:
             reference=self.reference if exact else None,
         )
         device = scores.logp.device
-        mask = None if mask is None else mask.to(device)
+        mask = None if mask is None else sent(mask, device)
+        known = batch.reference_logp_BL
         plain = token_weights(counts, method.alpha, rescale=method.rescale, device=device)
         weight, kl_weight = plain, None
         if mask is not None and method.mask.count == "masked":
@@ -227,13 +228,13 @@ class Learner:
         inputs = LossInput(
             logp_BL=scores.logp,
             old_logp_BL=scores.logp.detach() if old_logp is None else old_logp,
-            advantage_B=batch.advantage_B[rows].to(device),
+            advantage_B=sent(batch.advantage_B[rows], device),
             weight_BL=weight,
             step_of_token_L=[s for s in steps for _ in range(schedule.counts[s])],
             mask_BL=mask,
-            reference_logp_BL=None if batch.reference_logp_BL is None else batch.reference_logp_BL[rows],
+            reference_logp_BL=None if known is None else known[sent(rows, known.device)],
             exact_kl_BL=scores.kl,
-            valid_B=batch.valid_B[rows].to(device),
+            valid_B=sent(batch.valid_B[rows], device),
             kl_weight_BL=kl_weight,
         )
         return inputs, scores
@@ -258,7 +259,7 @@ class Learner:
 
         Every step has passes of its own, as no graph outlives the sharded weights that it was made with.
         """
-        norms = []
+        norms: list[Tensor] = []
         for step in batch.steps:
             self.zero_grad()
             for whose, rows in passes:
@@ -271,10 +272,10 @@ class Learner:
             self.distributed.add_up(self.parameters)
             norms.append(self.distributed.clip(self.parameters, math.inf))
         self.zero_grad()
-        return norms
+        return [float(norm) for norm in read(norms)]
 
     def _step(self, parts: list[dict[str, Any]], batch: Batch) -> tuple[float, bool]:
-        norm = self.distributed.clip(self.parameters, self.config.clip_norm)
+        norm = float(self.distributed.clip(self.parameters, self.config.clip_norm))
         if batch.cancelled or not parts or not _finite(norm, parts):
             self.zero_grad()
             return norm, False
@@ -343,6 +344,15 @@ def _figures(inputs: LossInput, output: LossOutput, scores: Scores, batch: Batch
     if output.kl_mean_T is not None:
         figures["kl_T"] = output.kl_mean_T
     return figures
+
+
+def _read(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of all micro-batches as plain values, in one read of the device."""
+    found = iter(read([value for part in figures for value in part.values() if isinstance(value, Tensor)]))
+    return [
+        {name: next(found).tolist() if isinstance(value, Tensor) else value for name, value in part.items()}
+        for part in figures
+    ]
 
 
 def _summary(parts: list[dict[str, Any]]) -> dict[str, Any]:

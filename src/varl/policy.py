@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["Box", "Condition", "Policy", "Prompt", "State", "row_index"]
 
@@ -85,9 +86,13 @@ class Condition:
     def batch(self) -> int:
         return next(iter(self.features.values())).shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.features.values())).device
+
     def select(self, rows: Tensor | Sequence[int]) -> Condition:
         """The given rows, in that order (repeats allowed): see ``row_index``."""
-        index = row_index(rows, self.batch).to(next(iter(self.features.values())).device)
+        index = sent(row_index(rows, self.batch), self.device)
         null = {k: v[index] for k, v in self.null.items()} if self._own_null else self.null
         return Condition(self.schedule, {k: v[index] for k, v in self.features.items()}, null)
 

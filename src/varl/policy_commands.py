@@ -93,11 +93,13 @@ def generate(config: GenerateConfig) -> None:
         prompts = prompts or resolve_prompts(config.source, count=config.count)[: config.count]
         policy, schedule, precision = _load(config.policy, config.device)
         check_prompts(policy, prompts, schedule)
-    generators, pictures = row_generators((config.seed,), len(prompts)), []
+    pictures = []
     with naming_memory(LOWER), precision:
         for first in range(0, len(prompts), config.batch):
-            rows = slice(first, first + config.batch)
-            drawn = rollout(policy, policy.condition(prompts[rows], schedule), config.sampling, generators[rows])
+            rows = range(first, min(first + config.batch, len(prompts)))
+            condition = policy.condition(prompts[first : rows.stop], schedule)
+            own = row_generators((config.seed,), rows, condition.device)
+            drawn = rollout(policy, condition, config.sampling, own)
             pictures.append(policy.decode(drawn.actions, schedule).float().cpu())
     with writing(config.out, "the pictures are lost; draw them again"):
         save_pictures(config.out, prompts, torch.cat(pictures))

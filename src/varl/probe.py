@@ -174,15 +174,15 @@ def probe(
     parts = [slice(first, min(first + together, len(prompts))) for first in range(0, len(prompts), together)]
     conditions = [policy.condition(prompts[part], schedule) for part in parts]
     schedule = conditions[0].schedule
-    generators = row_generators((seed, 0), len(prompts))
+    generators = row_generators((seed, 0), len(prompts), conditions[0].device)
     entropy = torch.cat(
         [_entropy(policy, c, sampling, generators[part]) for c, part in zip(conditions, parts, strict=True)]
     )
     entropies = [float(part.mean()) for part in entropy.split(list(schedule.counts), 1)]
     reports, failed = [], 0
     for m in range(1, len(schedule)):
-        first = row_generators((seed, m, 0), len(prompts) * prefixes)
-        second = row_generators((seed, m, 1), len(prompts) * each)
+        first = row_generators((seed, m, 0), len(prompts) * prefixes, conditions[0].device)
+        second = row_generators((seed, m, 1), len(prompts) * each, conditions[0].device)
         found = []
         for condition, part in zip(conditions, parts, strict=True):
             heads, own = condition.repeat(prefixes), slice(part.start * prefixes, part.stop * prefixes)

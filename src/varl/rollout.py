@@ -44,11 +44,20 @@ class Rollout:
         return len(self.actions)
 
 
-def row_generators(seed: Sequence[int], rows: int) -> list[torch.Generator]:
-    """One generator a row, each seeded by (seed..., row): a row's draws depend on nothing else."""
+def row_generators(
+    seed: Sequence[int], rows: int | Sequence[int], device: torch.device | None = None
+) -> list[torch.Generator]:
+    """One generator a row, each seeded by (seed..., row): a row's draws depend on nothing else.
+
+    Args:
+        rows: how many, from row 0 on; or their numbers.
+        device: where they draw, best where the logits are: else every grid's numbers are sent there. By default the
+            CPU. Generators of two kinds of device draw differently from the same seed.
+    """
     # The 1 at the end: to numpy, (0, 5) and (0, 5, 0, 0) are the same seed.
-    words = (np.random.SeedSequence((*seed, row, 1)).generate_state(1, np.uint64)[0] for row in range(rows))
-    return [torch.Generator().manual_seed(int(word >> np.uint64(1))) for word in words]
+    numbers = range(rows) if isinstance(rows, int) else rows
+    words = (np.random.SeedSequence((*seed, row, 1)).generate_state(1, np.uint64)[0] for row in numbers)
+    return [torch.Generator(device or "cpu").manual_seed(int(word >> np.uint64(1))) for word in words]
 
 
 @torch.no_grad()
@@ -128,10 +137,10 @@ def _draw_grid(logits: Tensor, sampling: Sampling, generator: Rows, logp: bool) 
     if isinstance(generator, Sequence) and len(generator) != len(logits):
         raise ValueError(f"{len(generator)} generators were given for {len(logits)} rows")
     actions, scored = [], []
-    for rows in torch.arange(len(logits)).split(max(LOGITS // logits[0].numel(), 1)):
-        part = logits[int(rows[0]) : int(rows[-1]) + 1]
+    count = max(LOGITS // logits[0].numel(), 1)
+    for first, part in zip(range(0, len(logits), count), logits.split(count), strict=True):
         part = filter_logits(part.to(torch.promote_types(part.dtype, torch.float32)), sampling)
-        own = [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
+        own = list(generator[first : first + count]) if isinstance(generator, Sequence) else generator
         actions.append(draw(part, own))
         if logp:
             chosen = part.log_softmax(-1).gather(-1, actions[-1].unsqueeze(-1))

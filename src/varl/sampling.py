@@ -82,24 +82,47 @@ def _at_once(logits_NV: Tensor) -> int:
     return max(LOGITS // logits_NV.shape[-1], 1)
 
 
+def _none(flags: Tensor) -> bool:
+    """Whether no flag is set, as far as the host knows: on the CPU. For no number of a device does it wait."""
+    return flags.device.type == "cpu" and not flags.numpy().any()
+
+
 def _filtered(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     logits = logits_NV / sampling.temperature if sampling.temperature != 1 else logits_NV
     if not 0 < sampling.top_k < logits.shape[-1]:
         return _top_p(logits, sampling.top_p)
-    values, places = logits.topk(sampling.top_k + 1, dim=-1)
-    least = values[:, sampling.top_k - 1 : sampling.top_k]
-    if sampling.top_p == 1:
-        return logits.masked_fill(logits < least, -torch.inf)
-    tied = (values[:, 1:] == values[:, :-1]).any(-1)
-    # Without ties what top-k leaves is sorted already, and top-p needs to look at no other class.
-    values, places = values[:, :-1], places[:, :-1]
-    drop = values.softmax(-1).flip(-1).cumsum(-1).flip(-1) <= 1 - sampling.top_p
+    values = logits.topk(sampling.top_k + 1, dim=-1).values
+    least, spare = values[:, -2:-1], torch.zeros(0)
+    if sampling.top_p < 1:
+        least, spare = _least_kept(logits, values, sampling.top_p)
+    drop = logits < least
+    if not _none(spare > 0):
+        # Of classes that are alike the first ones go first, as where all classes are sorted.
+        alike = logits == least
+        drop |= alike & (alike.cumsum(-1, dtype=torch.int32) <= spare)
+    return logits.masked_fill(drop, -torch.inf)
+
+
+def _least_kept(logits_NV: Tensor, values_NK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """What top-p keeps of the classes that top-k left: the k largest, and ties with the last of them.
+
+    Args:
+        values_NK: the k + 1 largest logits, largest first.
+
+    Returns:
+        The least value kept, and how many of the classes with that value are not, both [N, 1].
+    """
+    values, last = values_NK[:, :-1], values_NK[:, -2:-1]
+    beyond = values_NK[:, -1:] == last  # ties that are not among the k largest; they go before all others
+    if not _none(beyond):
+        beyond = (logits_NV == last).sum(-1, keepdim=True) - (values == last).sum(-1, keepdim=True)
+    p = values.softmax(-1)
+    p = p / (1 + beyond * p[:, -1:])
+    drop = beyond * p[:, -1:] + p.flip(-1).cumsum(-1).flip(-1) <= 1 - top_p
     drop[:, 0] = False
-    found = torch.full_like(logits, -torch.inf).scatter(-1, places, values.masked_fill(drop, -torch.inf))
-    if tied.any():
-        some = logits[tied]
-        found[tied] = _top_p(some.masked_fill(some < least[tied], -torch.inf), sampling.top_p)
-    return found
+    least = values.gather(-1, (~drop).sum(-1, keepdim=True) - 1)
+    spare = (drop & (values == least)).sum(-1, keepdim=True)
+    return least, torch.where(least == last, spare + ((1 - top_p) / p[:, -1:]).floor().minimum(beyond), spare)
 
 
 def _top_p(logits_NV: Tensor, top_p: float) -> Tensor:
@@ -147,8 +170,8 @@ def _inverted(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
     below = p.cumsum(-1)
     # Logits that are NaN reach no class: the last one stands for them.
     drawn = torch.searchsorted(below, uniform_N1 * below[:, -1:], right=True).clamp_(max=logits_NV.shape[-1] - 1)
-    # A sum made in parallel may step up where a class has no probability.
     impossible = p.gather(-1, drawn) == 0
-    if impossible.any():
+    if not _none(impossible):
+        # A sum made in parallel may step up where a class has no probability.
         drawn = torch.where(impossible, p.argmax(-1, keepdim=True), drawn)
     return drawn.squeeze(-1)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from varl.policy import Condition, Policy
 from varl.sampling import LOGITS, Sampling, filter_logits
+from varl.transfer import sent
 
 __all__ = ["Scores", "log_probs"]
 
@@ -83,12 +84,21 @@ def log_probs(
     if shared < 1 or len(actions) % shared:
         raise ValueError(f"{len(actions)} rows are no groups of {shared} that share a prefix")
     wanted = actions[:, span]
-    if keep is not None and keep.ndim == 1:
-        keep = keep.expand(wanted.shape[:2])
     weight = _ramp(policy, condition, steps, guidance)
 
+    def flags(given: Tensor) -> Tensor:
+        return given.cpu().expand(wanted.shape[:2]).flatten()
+
+    def numbers(chosen: Tensor) -> Tensor:
+        return sent(chosen.nonzero().flatten(), wanted.device)
+
+    # Which tokens are chosen is told on the host: on the device it would have to wait to learn how many they are.
+    kept = None if keep is None else flags(keep)
+    places = None if kept is None else numbers(kept)
+
     def pick(hidden: Tensor) -> Tensor:
-        return hidden.flatten(0, 1) if keep is None else hidden[keep]
+        flat = hidden.flatten(0, 1)
+        return flat if places is None else flat.index_select(0, places)
 
     def features(model: Policy, given: Any) -> list[Tensor]:
         rows = [pick(model.hidden(condition, actions, steps, given or before(model, condition)))]
@@ -111,8 +121,8 @@ def log_probs(
             inputs += features(reference, None)
     target = pick(wanted)
     ramp = None if weight is None else pick(weight.expand(wanted.shape[:2]))
-    of = entropy.expand(wanted.shape[:2]) if isinstance(entropy, Tensor) else None
-    asked = None if of is None else pick(of)
+    of = flags(entropy) if isinstance(entropy, Tensor) else None
+    asked = of if of is None or kept is None else of[kept]
 
     def score(
         target: Tensor, ramp: Tensor | None, asked: Tensor | None, hidden: list[Tensor]
@@ -124,7 +134,7 @@ def log_probs(
         chosen = logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         entropies = kl = None
         if entropy is not False:
-            entropies = _entropy(logp.detach() if asked is None else logp.detach()[asked])
+            entropies = _entropy(logp.detach() if asked is None else logp.detach().index_select(0, numbers(asked)))
         if reference is not None:
             with torch.no_grad():
                 reference_logp = _normalised(_logits(reference, hidden[half:], ramp), guidance, support)
@@ -146,14 +156,14 @@ def log_probs(
         shape = (*wanted.shape[:2], *joined.shape[1:])
         if where is None:
             return joined.view(shape)
-        return joined.new_zeros(shape).masked_scatter(where.view(*where.shape, *(1 for _ in shape[2:])), joined)
+        return joined.new_zeros(shape).flatten(0, 1).index_copy(0, where, joined).view(shape)
 
-    if of is not None and keep is not None:
-        of = of & keep
+    if of is not None:
+        of = of if kept is None else of & kept
     return Scores(
-        spread(logp, keep),
-        spread(entropies, keep if of is None else of) if entropy is not False else None,
-        spread(kl, keep) if reference is not None else None,
+        spread(logp, places),
+        spread(entropies, places if of is None else numbers(of)) if entropy is not False else None,
+        spread(kl, places) if reference is not None else None,
     )
 
 
@@ -178,9 +188,8 @@ def _ramp(policy: Policy, condition: Condition, steps: range, guidance: Sampling
     if guidance is None or guidance.guidance == 0:
         return None
     ramp, counts = policy.guidance_ramp(condition.schedule), condition.schedule.counts
-    device = next(iter(condition.features.values())).device
     weights = [guidance.guidance * ramp[s] for s in steps for _ in range(counts[s])]
-    return torch.tensor(weights, device=device)
+    return sent(torch.tensor(weights), condition.device)
 
 
 def _logits(policy: Policy, hidden: list[Tensor], ramp: Tensor | None) -> Tensor:

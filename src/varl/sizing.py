@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import resource
-import time
 from collections.abc import Iterator
 
 import torch
 
+from varl.clock import Clock
 from varl.learner import Batch, Learner
 from varl.rollout import Rollout
 
@@ -45,7 +45,7 @@ def fastest_micro_batch(learner: Learner, sequences: Rollout, steps: range, shar
             if slowest == math.inf:
                 break
             seconds[size] = slowest / size
-            filled = max(learner.distributed.gather_values(_filled()))
+            filled = max(learner.distributed.gather_values(_filled(sequences.actions.device)))
             if filled * 2 > ROOM or seconds[size] > 1.2 * min(seconds.values()):
                 break
     finally:
@@ -72,7 +72,7 @@ def _fastest_of_two(learner: Learner, sequences: Rollout, steps: range, shared: 
     except torch.OutOfMemoryError:
         if learner.distributed.sharded:
             raise
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
         return math.inf
 
 
@@ -87,21 +87,15 @@ def _seconds(learner: Learner, sequences: Rollout, steps: range, shared: int) ->
         shared=shared,
         reference_logp_BL=torch.zeros(rows, span.stop - span.start, device=sequences.actions.device),
     )
-    _wait()
-    start = time.perf_counter()
-    learner.backward_of_first(batch)
-    _wait()
-    return time.perf_counter() - start
+    clock = Clock(sequences.actions.device)
+    with clock.stage("pass"):
+        learner.backward_of_first(batch)
+    return clock.seconds()["pass"]
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _filled() -> float:
-    """The share of the memory that was filled at most, so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory
+def _filled(device: torch.device) -> float:
+    """The share of the device's memory that was filled at most, so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / whole

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from varl import updates
 from varl.adapters import WithoutAdapters, merged, save_adapters, with_adapters
+from varl.clock import Clock
 from varl.config import TrainConfig
 from varl.distributed import Distributed
 from varl.ema import Average
@@ -38,6 +37,7 @@ from varl.run.folder import RunFolder
 from varl.run.loop import run_updates
 from varl.run.notices import Notices
 from varl.sizing import FIRST, fastest_micro_batch
+from varl.transfer import Returning
 
 __all__ = ["Trainer"]
 
@@ -144,8 +144,7 @@ class Trainer:
         self.evaluated: int | None = None
         self.best: tuple[int, float] | None = None
         self.failures = FailureWindow(run.failure_window, run.max_failed_share)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside = 0.0
+        self.clock = Clock(self.device)
         self._pool = ThreadPoolExecutor(1) if run.overlap else None
         self.kept: Sampled | None = None
         self.owed = False
@@ -162,14 +161,8 @@ class Trainer:
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of the step by name; stages inside it count for themselves."""
         faults.point(name)
-        outer, self._inside, start = self._inside, 0.0, time.perf_counter()
-        with naming_memory(LOWER.get(name, LOWER["update"])):
+        with naming_memory(LOWER.get(name, LOWER["update"])), self.clock.stage(name):
             yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = time.perf_counter() - start
-        self.seconds[name] += spent - self._inside
-        self._inside = outer + spent
 
     def precision(self, drawing: bool = False) -> torch.autocast:
         """Where the policy computes: in bf16 if the configuration says so, with the weights in fp32."""
@@ -177,7 +170,7 @@ class Trainer:
 
     def step(self) -> dict[str, Any]:
         """One update; returns its record for the log."""
-        method, self.seconds = self.config.method, defaultdict(float)
+        method = self.config.method
         plan = updates.plan(updates.kind_of_update(method, self.update), method, self.schedule)
         total = method.prompts * plan.sequences
         mine = self.distributed.share(total)
@@ -219,7 +212,7 @@ class Trainer:
         show = self._due(self.config.run.gallery_every)
         self.update += 1
         self.pictures += 0 if plan.reuses else method.prompts * plan.pictures
-        record |= {"update": self.update, "pictures": self.pictures, "seconds": dict(self.seconds)}
+        record |= {"update": self.update, "pictures": self.pictures, "seconds": self.clock.seconds()}
         if show and self.distributed.main:
             self._show(sampled, plan, advantages.advantage_PG.flatten(), mask)
         return record
@@ -392,5 +385,7 @@ class Trainer:
         return updates.kind_of_update(method, self.update) not in later  # looks no further than the next of its kind
 
     def _decode(self, actions: Tensor) -> Tensor:
-        parts = actions.split(self.learner.micro_batch)
-        return torch.cat([self.policy.decode(part, self.schedule).float().cpu() for part in parts])
+        pictures = Returning()
+        for part in actions.split(self.learner.micro_batch):
+            pictures.add(self.policy.decode(part, self.schedule).float())
+        return pictures.all()

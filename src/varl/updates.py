@@ -178,8 +178,8 @@ def draw(
     """
     heads = condition.repeat(plan.heads)
     whole, prefixes = [], []
-    first = row_generators((*seed, 0), heads.batch)
-    second = row_generators((*seed, 1), heads.batch * plan.tails)
+    first = row_generators((*seed, 0), heads.batch, condition.device)
+    second = row_generators((*seed, 1), heads.batch * plan.tails, condition.device)
     trained = range(condition.batch * plan.sequences) if trained is None else trained
     for rows, tails in plan.portions(trained, at_once):
         part = heads.select(rows) if len(rows) < heads.batch else heads
@@ -279,8 +279,8 @@ def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: in
     parts, guidance = [], None if sampling is None or sampling.is_plain else sampling
     for rows in torch.arange(len(whole)).split(micro_batch):
         scores = log_probs(policy, whole.condition.select(rows), whole.actions[rows], steps, guidance=guidance)
-        parts.append(scores.logp.sum(1).cpu())
-    return torch.cat(parts)
+        parts.append(scores.logp.sum(1))
+    return torch.cat(parts).cpu()
 
 
 def advantages(value_PG: Tensor, valid_PG: Tensor, method: MethodConfig) -> Advantages:

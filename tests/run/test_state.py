@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from test_trainer import make_config
+from varl.run import state
 from varl.run.state import (
     fingerprint,
     new_moments,
@@ -18,6 +22,7 @@ from varl.run.state import (
     set_rng_state,
     stored_moments,
 )
+from varl.trainer import Trainer
 
 
 def draws() -> list[float]:
@@ -86,3 +91,23 @@ def test_fingerprints_tell_weights_apart() -> None:
         model.weight.mul_(1.0001)
     assert fingerprint(model) != before
     assert fingerprint(nn.Linear(50, 40)) != before
+
+
+def test_a_step_is_where_its_parameter_is() -> None:
+    """There the fused kernels read it."""
+    model = nn.Linear(2, 1, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = new_moments(model.named_parameters(), optimizer, ["weight.step", "weight.exp_avg"])
+    assert [value.device.type for value in found.values()] == ["meta", "meta"]
+
+
+def test_a_checkpoint_without_a_gpus_generator_is_gone_on_from_with_one(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(weights, tmp_path, run={"updates": 1})
+    Trainer(config).run()
+    here = state.rng_state
+    monkeypatch.setattr(state, "rng_state", lambda: here() | {"cuda": torch.zeros(16, dtype=torch.uint8)})
+    trainer = Trainer(replace(config, run=replace(config.run, updates=2)))
+    trainer.folder.close()
+    assert trainer.update == 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -221,8 +222,7 @@ def policy_loss(
     _check(inputs, low, high, beta, kl, ratio, divisor)
     logp = inputs.logp_BL
     batch, length = logp.shape[:2]
-    first, step_L = _relative_steps(inputs.step_of_token_L, logp.device)
-    count = int(step_L[-1]) + 1
+    first, count, step_L = _relative_steps(inputs.step_of_token_L, logp.device)
     divisor = float(batch) if divisor is None else divisor
     ones_BL = logp.new_ones(batch, length)
     valid_BL = ones_BL > 0 if inputs.valid_B is None else inputs.valid_B[:, None].expand(batch, length)
@@ -316,12 +316,13 @@ def _ratio_statistics(ratio: Tensor, clipped: Tensor, carries_BL: Tensor) -> dic
     }
 
 
-def _relative_steps(steps: Tensor | Sequence[int], device: torch.device) -> tuple[int, Tensor]:
-    step_L = torch.as_tensor(steps, device=device, dtype=torch.long)
-    jumps = step_L.diff()
-    if bool(((jumps < 0) | (jumps > 1)).any()):
+def _relative_steps(steps: Tensor | Sequence[int], device: torch.device) -> tuple[int, int, Tensor]:
+    """The first step, how many there are, and each token's step counted from the first."""
+    given = steps.tolist() if isinstance(steps, Tensor) else [int(step) for step in steps]
+    if not all(0 <= after - before <= 1 for before, after in pairwise(given)):
         raise ValueError("step_of_token_L must ascend without gaps, as ScaleSchedule.step_of_token() gives it")
-    return int(step_L[0]), step_L - step_L[0]
+    relative = torch.tensor([step - given[0] for step in given])
+    return given[0], given[-1] - given[0] + 1, relative.to(device, non_blocking=True)
 
 
 def _check(inputs: LossInput, low: float, high: float, beta: float, kl: str, ratio: str, divisor: float | None) -> None:

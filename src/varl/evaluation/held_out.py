@@ -205,9 +205,10 @@ def evaluate(
         for first in range(mine.start, mine.stop, batch):
             rows = range(first, min(first + batch, mine.stop))
             shown = [prompts[row // s] for row in rows]
-            generators = [row_generators((seed, row // s), s)[row % s] for row in rows]
             with precision or nullcontext():
-                drawn = rollout(policy, policy.condition(shown, schedule), sampling, generators)
+                condition = policy.condition(shown, schedule)
+                own = [row_generators((seed, row // s), [row % s], condition.device)[0] for row in rows]
+                drawn = rollout(policy, condition, sampling, own)
                 images.append(policy.decode(drawn.actions, schedule).float().cpu())
             outputs.append(reward(images[-1], shown))
             if progress is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varl.policy import row_index
+from varl.transfer import sent
 
 __all__ = [
     "Cache",
@@ -87,7 +88,7 @@ class KeyValueCache:
         chosen = KeyValueCache(self.layers, self.tokens)
         if self.filled:
             _, batch, heads, tokens, width = self.keys.shape
-            rows = row_index(rows, batch).to(self.keys.device)
+            rows = sent(row_index(rows, batch), self.keys.device)
             chosen.keys = self.keys.new_empty(self.layers, len(rows), heads, tokens, width)
             chosen.values = torch.empty_like(chosen.keys)
             chosen.filled = self.filled

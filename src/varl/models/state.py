@@ -11,6 +11,7 @@ from torch import Tensor
 from varl.models.blocks import Cache, KeyValueCache
 from varl.policy import row_index
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["DrawState"]
 
@@ -58,11 +59,13 @@ class DrawState:
         """The given rows, in that order (repeats allowed), as ``row_index`` reads them; the original stays usable."""
         if self.cache is not None and not isinstance(self.cache, KeyValueCache):
             raise ValueError("a prefix that was read with gradients can be scored from, not drawn from")
-        index = row_index(rows, self.batch).to(next(iter(self.drawn.values())).device)
+        index = row_index(rows, self.batch)
         both = torch.cat([index + copy * self.batch for copy in range(self.copies)])
+        device = next(iter(self.drawn.values())).device
+        own, all_rows = sent(index, device), sent(both, device)
         return replace(
             self,
-            passes={name: value[both] for name, value in self.passes.items()},
-            drawn={name: value[index] for name, value in self.drawn.items()},
+            passes={name: value[all_rows] for name, value in self.passes.items()},
+            drawn={name: value[own] for name, value in self.drawn.items()},
             cache=None if self.cache is None else self.cache.select(both),
         )

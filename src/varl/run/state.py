@@ -85,9 +85,11 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     for group, own_moments in _optimizers(trainer).items():
         stored = [name.removeprefix(f"{group}.") for name in checkpoint.names() if name.startswith(f"{group}.")]
         moments |= _named(group, new_moments(_trained(trainer), own_moments, stored))
-    rng, pending, own = rng_state(), checkpoint.empty("pending"), f"rng{trainer.distributed.rank}"
+    pending, own = checkpoint.empty("pending"), f"rng{trainer.distributed.rank}"
     if f"{own}.torch" not in checkpoint.names():  # a process more than there were
         own = "rng0"
+    # One that was written without a GPU holds no state of its generator: the run's seed stands for it.
+    rng = {name: value for name, value in rng_state().items() if f"{own}.{name}" in checkpoint.names()}
     checkpoint.load(_weights(trainer) | moments | _named(own, rng) | pending)
     set_rng_state(rng)
     if values["pending"] is not None:
@@ -204,7 +206,8 @@ def new_moments(
 ) -> dict[str, Tensor]:
     """Give an optimizer empty tensors under the names of ``stored_moments``, and return them to be filled.
 
-    AdamW's ``step`` is a number; the other slots are of their parameter's shape (and sharding).
+    AdamW's ``step`` is a number, on its parameter's device, where the fused kernels read it; the other slots are of
+    their parameter's shape (and sharding).
 
     Raises:
         ValueError: if a name is of no parameter.
@@ -215,8 +218,9 @@ def new_moments(
         name, _, slot = full.rpartition(".")
         if name not in owners:
             raise ValueError(f"the optimizer has no parameter {name!r}")
-        value = torch.zeros(()) if slot == "step" else torch.zeros_like(owners[name])
-        found[full] = optimizer.state[owners[name]][slot] = value
+        owner = owners[name]
+        value = torch.zeros((), device=owner.device) if slot == "step" else torch.zeros_like(owner)
+        found[full] = optimizer.state[owner][slot] = value
     return found
 
 

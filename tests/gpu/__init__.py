@@ -1,0 +1,1 @@
+"""``pytest -m gpu``: varl on a GPU against the CPU's numbers; with ``--gpu-device cpu``, a rehearsal without a GPU."""
