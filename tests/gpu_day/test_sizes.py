@@ -25,7 +25,7 @@ from varl.plan import HEADROOM, estimate
 from varl.policy import Prompt
 from varl.trainer import Trainer
 
-MACHINE = {"ceilings": {"product_bf16_tflop_s": 2.5}}
+MACHINE = {"ceilings": {"bf16_tflops": 2.5}}
 
 
 @pytest.mark.parametrize("name", list(SIZES))
@@ -73,7 +73,7 @@ def test_the_product_is_that_of_the_machines_file(tmp_path: Path, monkeypatch: p
         file.write_text(content)
         reached, source = product_of(file, "cpu")
         assert reached == 1.5
-        assert "1-machine.json does not say ceilings.product_bf16_tflop_s" in source
+        assert "1-machine.json does not say ceilings.bf16_tflops" in source
     assert product_of(None, "cpu") == (1.5, "measured here: no file was given")
     file.write_text(json.dumps(MACHINE))
     assert product_of(file, "cpu") == (2.5, "1-machine.json")
@@ -144,7 +144,7 @@ def test_peaks_are_those_of_their_phases(tmp_path: Path) -> None:
         }  # fmt: skip
     assert len(kept) == 750_000
     assert trainer.stage == stage
-    assert set(trainer.seconds) == {"rollout", "decode", "logp", "backward"}
+    assert set(trainer.clock.seconds()) == {"rollout", "decode", "logp", "backward"}
     trainer.folder.close()
 
 
@@ -180,7 +180,7 @@ def test_small_models_of_the_same_families(tmp_path: Path) -> None:
         for kind in ("prefix", "suffix"):
             found = entry["updates"][kind]
             assert found["measured"] == "second"
-            assert found["seconds"] == pytest.approx(sum(found["seconds_by_stage"].values()))
+            assert found["seconds"] >= sum(found["seconds_by_stage"].values())
             assert found["pictures_a_second"] == pytest.approx(found["pictures"] / found["seconds"])
             seconds = found["seconds_by_stage"]["logp"] + found["seconds_by_stage"]["backward"]
             assert found["tflop_s"] == pytest.approx(found["tflop_of_forward_and_backward"] / seconds)
@@ -207,7 +207,7 @@ def test_operations_are_those_of_the_sequences_that_are_trained(tmp_path: Path) 
     config = config_of("var-d16", "cpu", tmp_path / "run", small=True)
     trainer = Trainer(config)
     record = {"seconds": {"rollout": 1.0, "logp": 0.5, "backward": 1.5}, "loss": 0.0, "gradient_norm": 1.0}
-    found = sizes._speed(trainer, "prefix", record, 1e-6)
+    found = sizes._speed(trainer, "prefix", record, 3.0, 1e-6)
     plan = updates.plan("prefix", config.method, trainer.schedule)
     operations = 4 * flops.training(flops.Shape.of(trainer.policy), trainer.schedule, plan.steps)
     assert found["of_product"] == pytest.approx(operations / 2.0 / 1e6)

@@ -116,9 +116,9 @@ def product_of(machine: Path | None, device: str) -> tuple[float, str]:
     why = "no file was given"
     if machine is not None:
         try:
-            return float(json.loads(machine.read_text())["ceilings"]["product_bf16_tflop_s"]), machine.name
+            return float(json.loads(machine.read_text())["ceilings"]["bf16_tflops"]), machine.name
         except (OSError, ValueError, KeyError, TypeError) as error:
-            why = f"{machine} does not say ceilings.product_bf16_tflop_s, {error!r}"
+            why = f"{machine} does not say ceilings.bf16_tflops, {error!r}"
     work, operations = product(Settings(device=device), torch.bfloat16)
     return operations / min(timed(work, device) for _ in range(4)) / 1e12, f"measured here: {why}"
 
@@ -164,22 +164,23 @@ def measure(config: TrainConfig, entry: dict[str, Any], write: Write, left: Call
             if expected > left():
                 entry["skipped"].append(f"{turn} {kind} update: {left():.0f} s are left of the time limit")
                 break
+            begun = time.perf_counter()
             with by_phase(trainer, memory) as phases:
                 record = trainer.step()
+            whole = time.perf_counter() - begun  # a record has read the device's clock at its end
             for phase, peak in phases.items():
                 highest[phase] = max(peak, highest.get(phase, 0))
-            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, tflops)}
+            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, whole, tflops)}
             entry["memory"] = _memory(planned, highest, memory)
             write()
             if wrong := faults(record):
                 raise RuntimeError(f"{turn} {kind} update: {', '.join(wrong)}")
 
 
-def _speed(trainer: Trainer, kind: updates.Kind, record: dict[str, Any], tflops: float) -> dict[str, Any]:
-    """Seconds by stage, pictures a second, and the share of the product."""
+def _speed(trainer: Trainer, kind: updates.Kind, record: dict[str, Any], whole: float, tflops: float) -> dict[str, Any]:
+    """Seconds by stage, pictures a second, and the share of the product; ``whole`` is the update's seconds."""
     method, seconds = trainer.config.method, record["seconds"]
     plan = updates.plan(kind, method, trainer.schedule)
-    whole = sum(seconds.values())
     shape = flops.Shape.of(trainer.policy, TOKENS.get(trainer.policy.family, 0))
     operations = flops.learning(shape, trainer.schedule, plan, method.prompts * plan.sequences)
     reached = operations / (seconds["logp"] + seconds["backward"]) / 1e12
