@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.measure import generators
 from benchmarks.shapes import Bench, Kind
-from varl.rollout import Rollout, rollout, row_generators
+from varl.rollout import Rollout, rollout
 from varl.scoring import log_probs
 
 __all__ = ["STAGES", "Arm", "Needs", "arms", "best", "needs"]
@@ -133,7 +134,7 @@ def _token_arms(bench: Bench, kind: Kind, finished: Tensor, rows: int) -> list[A
     sequences = finished[:1].expand(rows, -1)
     tokens = rows * schedule.prefix_tokens(m)
     rest = rows * schedule.tokens - tokens
-    seed = row_generators((0,), rows)
+    seed = generators(policy, (0,), rows)
 
     def precise(work: Callable[[], object], drawing: bool = False) -> Callable[[], object]:
         def run() -> None:

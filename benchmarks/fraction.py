@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import flops
-from benchmarks.measure import Goal, Row, Settings, in_turn, product
+from benchmarks.measure import Goal, Row, Settings, generators, in_turn, product
 from benchmarks.shapes import Bench, Precision, paper, var_shaped
 from varl.config import MethodConfig
-from varl.rollout import rollout, row_generators
+from varl.rollout import rollout
 from varl.sampling import Sampling
 from varl.scoring import log_probs
 
@@ -31,19 +31,17 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     shape = flops.Shape.of(policy)
     prompts = [prompt for _, prompt in trainer.stream.next(1)] * count
     condition = policy.condition(prompts, schedule)
-    generators = row_generators((settings.seed,), count)
+    own = generators(policy, (settings.seed,), count)
     first = schedule.middle("grid:8") - 1
     every, fine = range(len(schedule)), range(first, len(schedule))
     with trainer.precision():
-        starts = {
-            s: rollout(policy, condition, s, generators, until=first, keep_state=True) for s in (Sampling(), paper())
-        }
-        actions = rollout(policy, condition, Sampling(), generators).actions
+        starts = {s: rollout(policy, condition, s, own, until=first, keep_state=True) for s in (Sampling(), paper())}
+        actions = rollout(policy, condition, Sampling(), own).actions
     multiply, product_flop = product(settings, torch.bfloat16 if on_gpu else torch.float32)
 
     def sample(sampling: Sampling) -> None:
         with trainer.precision():
-            rollout(policy, condition, sampling, generators, start=starts[sampling])
+            rollout(policy, condition, sampling, own, start=starts[sampling])
 
     def train() -> None:
         with trainer.precision():

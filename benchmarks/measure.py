@@ -16,8 +16,22 @@ import torch
 from rich.table import Table
 
 import varl
+from varl.policy import Policy
+from varl.rollout import row_generators
 
-__all__ = ["Goal", "Row", "Settings", "Spread", "in_turn", "machine", "product", "section_table", "timed"]
+__all__ = [
+    "Goal",
+    "Row",
+    "Settings",
+    "Spread",
+    "generators",
+    "in_turn",
+    "machine",
+    "now",
+    "product",
+    "section_table",
+    "timed",
+]
 
 SIDE = 4096
 
@@ -28,6 +42,7 @@ class Settings:
 
     Attributes:
         full: larger shapes and more rounds, for a quiet machine.
+        short: one shape of a model, for a minute on a GPU, or for a minute on two cores to rehearse that.
         device: ``cpu`` or ``cuda``.
         threads: CPU threads of torch.
         seed: of weights, prompts and draws.
@@ -41,6 +56,7 @@ class Settings:
     seed: int = 0
     rounds: int = 2
     figures: Path | None = None
+    short: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,15 +144,18 @@ class Row:
         return {**asdict(self), "met": met}
 
 
+def now(device: str = "cpu") -> float:
+    """Seconds of a clock, when the device has come to the end of all that it was asked for."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(work: Callable[[], object], device: str = "cpu") -> float:
     """Wall-clock seconds of one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now(device)
     work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def in_turn(arms: Mapping[str, Callable[[], object]], settings: Settings, warm: int = 1) -> dict[str, list[float]]:
@@ -156,9 +175,24 @@ def in_turn(arms: Mapping[str, Callable[[], object]], settings: Settings, warm: 
 
 
 def product(settings: Settings, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], object], float]:
-    """A large matrix product to measure a machine by, and its floating-point operations."""
-    left, right = (torch.randn(SIDE, SIDE, device=settings.device).to(dtype) for _ in range(2))
-    return lambda: left @ right, 2.0 * SIDE**3
+    """A large matrix product to measure a machine by, and its floating-point operations; on a GPU larger, and several.
+
+    A GPU is done with one in less than the time that it takes to begin and to wait.
+    """
+    side, times = (SIDE, 1) if settings.device == "cpu" else (2 * SIDE, 8)
+    left, right = (torch.randn(side, side, device=settings.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=out)
+
+    return multiply, 2.0 * side**3 * times
+
+
+def generators(policy: Policy, seed: Sequence[int], rows: int) -> list[torch.Generator]:
+    """A generator a row where a run has them: on the policy's device."""
+    return row_generators(seed, rows, next(policy.trainable.parameters()).device)
 
 
 def machine(settings: Settings) -> dict[str, Any]:

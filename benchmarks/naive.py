@@ -10,7 +10,6 @@ Only what the benchmarks need: one index a token, the k3 estimate of the KL, rat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.measure import generators, now
 from varl.config import MethodConfig
 from varl.learner import Batch
 from varl.policy import Condition, Policy
-from varl.rollout import row_generators
 from varl.sampling import Sampling, draw, filter_logits
 from varl.updates import Plan
 
@@ -37,11 +36,9 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = now(self.device)
         yield
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + now(self.device) - start
 
 
 @torch.no_grad()
@@ -57,9 +54,9 @@ def draw_from_scratch(
         at_once: sequences drawn together; 0 is all.
     """
     rows = condition.batch
-    heads = [row_generators((*seed, 0), rows // plan.tails) for _ in range(plan.tails)]
+    heads = [generators(policy, (*seed, 0), rows // plan.tails) for _ in range(plan.tails)]
     first = [heads[row % plan.tails][row // plan.tails] for row in range(rows)]
-    second = row_generators((*seed, 1), rows)
+    second = generators(policy, (*seed, 1), rows)
     sequences = []
     for part in torch.arange(rows).split(at_once or rows):
         state, drawn = policy.start(condition.select(part), sampling.guidance), []

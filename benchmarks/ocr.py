@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Row, Settings, in_turn
+from benchmarks.measure import Row, Settings, generators, in_turn
 from benchmarks.shapes import Bench, inkling
 from varl.rewards.engine import Line, OcrConfig, OcrEngine
-from varl.rollout import rollout, row_generators
+from varl.rollout import rollout
 
 __all__ = ["TITLE", "read_sheets", "rows", "sheet"]
 
@@ -29,7 +29,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     trainer = Bench(inkling(1, settings.threads), settings, folder).trainer
     prompts = [prompt for _, prompt in trainer.stream.next(count)]
     condition = trainer.policy.condition(prompts)
-    drawn = rollout(trainer.policy, condition, None, row_generators((settings.seed,), count))
+    drawn = rollout(trainer.policy, condition, None, generators(trainer.policy, (settings.seed,), count))
     images = trainer.policy.decode(drawn.actions).float().cpu()
     together, alone = OcrEngine(OcrConfig(threads=settings.threads)), OcrEngine()
     large = OcrEngine(OcrConfig(threads=settings.threads, small_side=10**6))

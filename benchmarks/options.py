@@ -33,7 +33,7 @@ class Option:
 
     name: str
     kind: Kind
-    case: int
+    case: str
     change: Callable[[TrainConfig], TrainConfig]
     without: Callable[[TrainConfig], TrainConfig] = lambda config: config
     slow: bool = False
@@ -56,7 +56,7 @@ def _as_many(config: TrainConfig) -> TrainConfig:
     return _method(group=config.method.group * config.method.continuations)(config)
 
 
-VAR, FINE = 1, 2
+VAR, FINE = "var", "fine"
 OPTIONS = (
     Option("rollouts without guidance", "prefix", VAR, _sampling(guidance=0.0)),
     Option("bf16 rollouts", "prefix", VAR, _policy(rollout_precision="bfloat16")),
@@ -95,8 +95,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         made.append(_Arm(config, kind, Bench(config, settings, folder, case.decoder), []))
         return made[-1]
 
-    every, pairs = [case if settings.full else _of_two(case) for case in cases(settings)], []
-    options = [option for option in OPTIONS if settings.full or not option.slow]
+    every = {name: case if settings.full else _of_two(case) for name, case in cases(settings).items()}
+    options, pairs = [o for o in OPTIONS if o.case in every and (settings.full or not o.slow)], []
     for option in options:
         case = every[option.case]
         configs = (option.without(case.config), option.change(case.config))

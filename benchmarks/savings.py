@@ -15,12 +15,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, Settings, timed
-from benchmarks.shapes import Bench, Kind, paper, var_shaped
-from varl.config import MethodConfig
+from benchmarks.measure import Row, Settings, generators, timed
+from benchmarks.shapes import Bench, Kind, extent, paper
 from varl.learner import Batch
 from varl.policy import Condition, Policy
-from varl.rollout import Rollout, rollout, row_generators
+from varl.rollout import Rollout, rollout
 from varl.sampling import Sampling, filter_logits
 from varl.scoring import log_probs
 
@@ -35,7 +34,7 @@ def _drawn_again() -> AbstractContextManager[Any]:
     def from_scratch(policy: Policy, condition: Condition, *arguments: Any, **options: Any) -> Rollout:
         start, fork = options.get("start"), options.get("fork", 1)
         if start is not None:
-            own = row_generators((0,), len(start) * fork)
+            own = generators(policy, (0,), len(start) * fork)
             rollout(policy, start.condition.repeat(fork), arguments[0], own, until=start.steps, keep_state=True)
         return rollout(policy, condition, *arguments, **options)
 
@@ -97,10 +96,10 @@ def all_classes_sorted(logits: Tensor, sampling: Sampling) -> Tensor:
     return filter_logits(kept, Sampling(top_p=sampling.top_p))
 
 
-def _a_number_a_class(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+def _a_number_a_class(logits: Tensor, own: list[torch.Generator]) -> Tensor:
     """One draw a position by the exponential race, which takes a random number for every class."""
     times = torch.empty_like(logits)
-    for row, generator in zip(times, generators, strict=True):
+    for row, generator in zip(times, own, strict=True):
         row.exponential_(generator=generator)
     return (logits.softmax(-1) / times).argmax(-1)
 
@@ -132,14 +131,13 @@ SAVINGS = (
 
 def rows(settings: Settings, folder: Path) -> list[Row]:
     """Both kinds of update, at VAR's width; and what a fork costs beside the continuations it starts."""
-    depth, group = (2, 8) if settings.full else (1, 2)
-    method = MethodConfig(middle="grid:8", prompts=1, group=group, continuations=2)
-    bench = Bench(var_shaped(256, 1024, depth, method=method, sampling=paper()), settings, folder, decoder=False)
-    found = []
+    one, group = extent(settings), 8 if settings.full else 2
+    config = one.config(paper()) if settings.short else one.config(paper(), group=group)
+    bench, found = Bench(config, settings, folder, decoder=False), []
     for kind in BOTH:
-        found += _kind_rows(bench, kind, settings, f"VAR-d16 width, depth {depth}, 256 px: {kind} update")
+        found += _kind_rows(bench, kind, settings, f"{one.name}: {kind} update")
     found.append(_fork_row(bench, settings))
-    return [*found, _freed_row(settings)] if settings.device == "cpu" else found
+    return found if settings.short or settings.device != "cpu" else [*found, _freed_row(settings)]
 
 
 def _kind_rows(bench: Bench, kind: Kind, settings: Settings, group: str) -> list[Row]:
@@ -161,7 +159,7 @@ def _fork_row(bench: Bench, settings: Settings) -> Row:
     trainer, plan = bench.trainer, bench.plan("prefix")
     sampling, tails = trainer.config.sampling, plan.tails
     condition = trainer.policy.condition(bench.prompts(), trainer.schedule).repeat(plan.heads)
-    first, second = (row_generators((settings.seed,), count * condition.batch) for count in (1, tails))
+    first, second = (generators(trainer.policy, (settings.seed,), count * condition.batch) for count in (1, tails))
     prefix = rollout(trainer.policy, condition, sampling, first, until=plan.branch_at, keep_state=True)
     forks, drawing = [], []
     for _ in range(settings.rounds):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Settings
+from benchmarks.measure import Settings, now
 from benchmarks.naive import Clock, draw_from_scratch
 from benchmarks.naive import learn as learn_naively
 from varl import updates
@@ -30,7 +29,20 @@ from varl.policy import Prompt
 from varl.sampling import Sampling
 from varl.trainer import Sampled, Trainer
 
-__all__ = ["SIDES", "Bench", "Naive", "Precision", "Step", "brightness", "inkling", "paper", "sides", "var_shaped"]
+__all__ = [
+    "SIDES",
+    "Bench",
+    "Extent",
+    "Naive",
+    "Precision",
+    "Step",
+    "brightness",
+    "extent",
+    "inkling",
+    "paper",
+    "sides",
+    "var_shaped",
+]
 
 SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 """The grids of the paper's Table 6, for 1024 pixels; smaller pictures end earlier."""
@@ -80,6 +92,50 @@ def var_shaped(
         evaluation=EvaluationConfig(enabled=False),
         run=RunConfig(micro_batch=micro_batch),
     )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large the VAR is that most sections measure, and what an update of it takes.
+
+    Attributes:
+        batches: rows at which the best cost of a token is looked for.
+    """
+
+    width: int
+    depth: int
+    pixels: int
+    middle: str
+    group: int
+    micro_batch: int
+    batches: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        width = "VAR-d16 width" if self.width == D16 else f"VAR of width {self.width}"
+        return f"{width}, depth {self.depth}, {self.pixels} px"
+
+    def config(self, sampling: Sampling, **method: Any) -> TrainConfig:
+        """A run of it: one prompt, two continuations."""
+        one = replace(MethodConfig(middle=self.middle, prompts=1, group=self.group, continuations=2), **method)
+        of = (self.pixels, self.width, self.depth)
+        return var_shaped(*of, method=one, sampling=sampling, micro_batch=self.micro_batch)
+
+
+D16 = 1024
+"""The width of VAR-d16."""
+
+
+def extent(settings: Settings) -> Extent:
+    """The shape for a machine: what two cores do in seconds says nothing of a GPU."""
+    if settings.short and settings.device == "cpu":
+        return Extent(64, 1, 64, "grid:3", group=4, micro_batch=4, batches=(4,))
+    if settings.short:
+        return Extent(D16, 4, 256, "grid:8", group=16, micro_batch=16, batches=(16, 32))
+    if settings.full:
+        return Extent(D16, 2, 256, "grid:8", group=8, micro_batch=4, batches=(2, 4, 8))
+    return Extent(D16, 1, 256, "grid:8", group=4, micro_batch=4, batches=(2, 4))
 
 
 def inkling(continuations: int, threads: int) -> TrainConfig:
@@ -187,9 +243,9 @@ class Bench:
 
         trainer.learner.learn = watched  # type: ignore[method-assign]
         try:
-            start = time.perf_counter()
+            start = now(self.settings.device)
             record = trainer.step()
-            seconds = time.perf_counter() - start
+            seconds = now(self.settings.device) - start
         finally:
             trainer.learner.learn = learn  # type: ignore[method-assign]
         return Step(seconds, dict(record["seconds"]), record, seen[0])

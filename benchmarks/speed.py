@@ -20,7 +20,9 @@ from varl import Prompt, Sampling, load_policy, log_probs, rollout
 __all__ = ["TITLE", "rows"]
 
 TITLE = "sampler: VAR d16 at real size, in units of a 4096-cubed matrix product (ours / upstream)"
-UPSTREAM_PRODUCT = 2 * SIDE**3 / 255e9
+UNIT = 2 * SIDE**3
+"""Operations of the product that times are given in."""
+UPSTREAM_PRODUCT = UNIT / 255e9
 UPSTREAM = {"picture (batch of 4)": 5.6, "training pass (batch of 2)": 11.6}
 
 
@@ -45,14 +47,14 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     timed(multiply, settings.device)
     for _ in range(settings.rounds):
         for name, (call, share) in work.items():
-            one = timed(multiply, settings.device)
+            one = timed(multiply, settings.device) * UNIT / operations
             found[name].append((timed(call, settings.device) / share, one))
-    return [_row(name, pairs, operations) for name, pairs in found.items()]
+    return [_row(name, pairs) for name, pairs in found.items()]
 
 
-def _row(name: str, pairs: list[tuple[float, float]], operations: float) -> Row:
+def _row(name: str, pairs: list[tuple[float, float]]) -> Row:
     own = Spread.of([seconds / one for seconds, one in pairs])
     upstream = UPSTREAM[name] / UPSTREAM_PRODUCT
     seconds, one = (Spread.of(values).median for values in zip(*pairs, strict=True))
-    text = f"ours / upstream; {seconds:.2f} s, product {operations / one / 1e9:,.0f} GFLOP/s"
+    text = f"ours / upstream; {seconds:.2f} s, product {UNIT / one / 1e9:,.0f} GFLOP/s"
     return Row("VAR d16, 256 px, fp32", name, "products", own, Spread.exact(upstream), own.over(upstream), text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.bound import STAGES, arms, best, needs_of
 from benchmarks.measure import Goal, Row, Settings, Spread, timed
-from benchmarks.shapes import Bench, Kind, Naive, Step, inkling, paper, var_shaped
+from benchmarks.shapes import Bench, Kind, Naive, Step, extent, inkling, paper, var_shaped
 from varl.config import MethodConfig, TrainConfig
 from varl.sampling import Sampling
 
@@ -39,39 +39,28 @@ class Case:
     goal: float | None = None
 
 
-def cases(settings: Settings) -> list[Case]:
-    """Inkling with OCR; VAR's width at 256 pixels; 1024 pixels with a small width."""
-    method = MethodConfig(prompts=1, group=4, continuations=2)
-    depth, width = 1, 64
-    sizes: tuple[int, ...] = (2, 4)
-    fine_sizes: tuple[int, ...] = (1, 2)
-    few, sampling = replace(method, group=2), Sampling()
-    if settings.full:
-        method, sampling = replace(method, group=8), paper()
-        depth, width, sizes, fine_sizes = 2, 128, (2, 4, 8), (1, 2, 4)
-        few = replace(method, group=4)
-    at_8, at_16 = replace(method, middle="grid:8"), replace(few, middle="grid:16")
-    return [
-        Case("Inkling with OCR", inkling(2, settings.threads), (16, 32)),
-        Case(
-            f"VAR-d16 width, depth {depth}, 256 px, small tokenizer",
-            var_shaped(256, 1024, depth, method=at_8, sampling=paper()),
-            sizes,
-            goal=3.5,
-        ),
-        Case(
-            f"VAR of width {width}, depth 2, 1024 px, no decoder",
-            var_shaped(1024, width, 2, method=at_16, sampling=sampling, micro_batch=2),
-            fine_sizes,
-            decoder=False,
-            goal=9.0,
-        ),
-    ]
+def cases(settings: Settings) -> dict[str, Case]:
+    """Inkling with OCR; VAR at 256 pixels, which is all that a short run has; 1024 pixels with a small width."""
+    one = extent(settings)
+    goal = 3.5 if one.pixels == 256 else None
+    var = Case(f"{one.name}, small tokenizer", one.config(paper()), one.batches, goal=goal)
+    if settings.short:
+        return {"var": var}
+    width, group, sizes, sampling = (128, 4, (1, 2, 4), paper()) if settings.full else (64, 2, (1, 2), Sampling())
+    method = MethodConfig(middle="grid:16", prompts=1, group=group, continuations=2)
+    fine = Case(
+        f"VAR of width {width}, depth 2, 1024 px, no decoder",
+        var_shaped(1024, width, 2, method=method, sampling=sampling, micro_batch=2),
+        sizes,
+        decoder=False,
+        goal=9.0,
+    )
+    return {"inkling": Case("Inkling with OCR", inkling(2, settings.threads), (16, 32)), "var": var, "fine": fine}
 
 
 def rows(settings: Settings, folder: Path) -> list[Row]:
     """Every case, prefix and suffix."""
-    return [row for case in cases(settings) for row in case_rows(case, settings, folder)]
+    return [row for case in cases(settings).values() for row in case_rows(case, settings, folder)]
 
 
 def case_rows(case: Case, settings: Settings, folder: Path) -> list[Row]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
-from benchmarks import flops
-from benchmarks.__main__ import SECTIONS, parse
+from benchmarks import __main__ as command
+from benchmarks import compiled, flops
+from benchmarks.__main__ import SECTIONS, SHORT, parse
 from benchmarks.bound import Arm, best, needs, needs_of
-from benchmarks.measure import Goal, Row, Settings, Spread
+from benchmarks.compiled import compiler
+from benchmarks.measure import Goal, Row, Settings, Spread, generators, product
 from benchmarks.ocr import GAP, sheet
 from benchmarks.options import OPTIONS
 from benchmarks.peaks import peak
 from benchmarks.savings import SAVINGS, Saving, all_classes_sorted
 from benchmarks.scaling import exponent, straightness
-from benchmarks.shapes import Bench, Kind, Naive, Step, paper, sides, var_shaped
+from benchmarks.shapes import Bench, Kind, Naive, Step, extent, paper, sides, var_shaped
 from benchmarks.updates import Case, case_rows, cases, check
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +34,7 @@ from varl import Prompt, Sampling, ScaleSchedule, load_policy
 from varl.adapters import add_adapters
 from varl.config import AdapterConfig, EvaluationConfig, MethodConfig, PolicyConfig, RunConfig, TrainConfig
 from varl.policy import Condition, Policy
+from varl.rollout import row_generators
 from varl.sampling import filter_logits
 from varl.updates import plan
 
@@ -375,12 +380,100 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]):
     settings, names, out = parse(["--full", "--only", "ocr", "--out", "x.json", "--seed", "3"])
     assert (settings.full, settings.rounds, settings.seed, names, out) == (True, 3, 3, ["ocr"], Path("x.json"))
     assert set(parse([])[1]) < set(parse(["--full"])[1]) == set(SECTIONS)
+    settings, names, out = parse(["--short"])
+    assert (settings.short, settings.full, settings.device, names) == (True, False, "cpu", [*SHORT])
+    assert {"updates", "savings", "compiled"} == set(names)
+    with pytest.raises(SystemExit):
+        parse(["--short", "--full"])
+    assert "not allowed with argument" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(["--only", "everything"])
     assert "invalid choice: 'everything'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(["--rounds", "0"])
     assert "--rounds and --threads must be 1 or more" in capsys.readouterr().err
+
+
+ROW = Row("a group", "what", "s", Spread.exact(1.0), Spread.exact(2.0), Spread.exact(2.0), "naive / ours")
+
+
+def test_a_section_that_fails_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[dict[str, Any]] = []
+    out = tmp_path / "5-benchmarks.json"
+
+    def differ(settings: Settings, folder: Path) -> list[Row]:
+        seen.append(json.loads(out.read_text()))
+        raise AssertionError("losses of the library and of the naive way differ: 1 and 2")
+
+    sections = {"updates": differ, "savings": lambda settings, folder: [ROW], "compiled": differ}
+    monkeypatch.setattr(command, "SECTIONS", {name: command.Section(name, rows) for name, rows in sections.items()})
+    monkeypatch.setattr(command, "compiler", lambda device: None)
+    threads = torch.get_num_threads()
+    result = command.main(["--short", "--out", str(out), "--threads", str(threads)])
+    assert [found["under_way"] for found in seen] == ["updates"]
+    assert result == json.loads(out.read_text())
+    assert result["failed"] == {"updates": "AssertionError: losses of the library and of the naive way differ: 1 and 2"}
+    assert result["left_out"] == {"compiled": "blocks are compiled with a C++ compiler, and there is none"}
+    assert (list(result["sections"]), result["under_way"]) == (["savings"], None)
+
+
+def test_a_compiler_is_looked_for_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    assert compiler("cpu") is compiler("cuda") is None
+    for name, device in (("clang++", "cpu"), ("cc", "cuda")):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+        assert compiler(device) == str(tmp_path / name)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiler("cpu") is None
+
+
+def test_compiled_blocks_must_give_the_same():
+    logp = torch.full((2, 5), -3.0)
+    compiled.check(logp, logp * (1 + 1e-5), 1e-4)
+    compiled.check(None, None, 1e-4)
+    with pytest.raises(AssertionError, match="the mean log-probability of compiled blocks is -3"):
+        compiled.check(logp, logp * 1.001, 1e-4)
+
+
+def test_a_gpu_gets_larger_shapes():
+    short, rehearsal = extent(Settings(short=True, device="cuda")), extent(Settings(short=True))
+    assert short.name == "VAR-d16 width, depth 4, 256 px"
+    assert (short.group, short.micro_batch) == (16, 16)
+    assert rehearsal.width * rehearsal.pixels < short.width * short.pixels / 16
+    assert list(cases(Settings(short=True))) == ["var"]
+    for one in (short, rehearsal, extent(Settings()), extent(Settings(full=True))):
+        config = one.config(paper())
+        schedule = ScaleSchedule.square(sides(one.pixels))
+        assert 0 < schedule.middle(config.method.middle) < len(schedule)
+        assert config.method.group == one.group == config.method.prompts * one.group
+
+
+def test_what_is_measured_draws_as_a_run_does():
+    policy = load_policy("var", VAR, "random")
+    own, run = generators(policy, (3,), 2), row_generators((3,), 2, policy.condition([Prompt(label=0)]).device)
+    for one, other in zip(own, run, strict=True):
+        assert one.device == other.device
+        assert torch.equal(torch.rand(4, generator=one), torch.rand(4, generator=other))
+
+
+def test_a_product_is_what_it_says():
+    work, operations = product(Settings())
+    with FlopCounterMode(display=False) as counter, FakeTensorMode(allow_non_fake_inputs=True):
+        work()
+    assert counter.get_total_flops() == operations == 2 * 4096**3
+
+
+@pytest.mark.slow
+def test_a_short_run(tmp_path: Path):
+    """All but compiling, of which tests/test_compile.py tells."""
+    words = ["--short", "--only", "updates", "--only", "savings", "--threads", str(torch.get_num_threads())]
+    result = command.main([*words, "--out", str(tmp_path / "found.json")])
+    assert result["failed"] == result["left_out"] == {}
+    assert list(result["sections"]) == ["updates", "savings"]
+    assert all(section["seconds"] < 60 for section in result["sections"].values())
 
 
 def test_a_var_shaped_run_measures(tmp_path: Path):

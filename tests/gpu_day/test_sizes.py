@@ -25,14 +25,13 @@ from varl.plan import HEADROOM, estimate
 from varl.policy import Prompt
 from varl.trainer import Trainer
 
-MACHINE = {"ceilings": {"product_bf16_tflop_s": 2.5}}
+MACHINE = {"ceilings": {"bf16_tflops": 2.5}}
 
 
 @pytest.mark.parametrize("name", list(SIZES))
-def test_a_size_is_its_recipe_with_fewer_sequences(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = SIZES[name]
-    config = config_of(size, "cpu", tmp_path / "run")
-    recipe = tiny_runs.parse("train", "--config", str(sizes.ROOT / "recipes" / size.recipe))
+def test_a_size_is_its_recipe_with_fewer_sequences(name: str, tmp_path: Path) -> None:
+    config = config_of(name, "cpu", tmp_path / "run")
+    recipe = tiny_runs.parse("train", "--config", str(sizes.ROOT / "recipes" / f"{name}.yaml"))
     assert config.policy.weights == "random"
     assert (config.run.micro_batch, config.run.rollout_batch) == (recipe.run.micro_batch, recipe.run.rollout_batch)
     for field in ("family", "config", "precision", "checkpointing", "lora"):
@@ -48,7 +47,7 @@ def test_a_size_is_its_recipe_with_fewer_sequences(name: str, tmp_path: Path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SIZES))
 def test_every_size_fits_a_gpu_of_80_gb(name: str, tmp_path: Path) -> None:
-    assert estimate(config_of(SIZES[name], "cpu", tmp_path / "run")).peak() < HEADROOM * 80e9
+    assert estimate(config_of(name, "cpu", tmp_path / "run")).peak() < HEADROOM * 80e9
 
 
 @pytest.mark.parametrize(
@@ -66,13 +65,16 @@ def test_what_is_wrong_with_an_update(changes: dict[str, Any], wrong: list[str])
     assert faults({"loss": 0.0, "gradient_norm": 1.0, "skipped": 0, "failed_pictures": 0} | changes) == wrong
 
 
-def test_the_product_is_that_of_the_machines_file(tmp_path: Path) -> None:
+def test_the_product_is_that_of_the_machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "product", lambda settings, dtype: (lambda: None, 3e12))
+    monkeypatch.setattr(sizes, "timed", lambda work, device: 2.0)
     file = tmp_path / "1-machine.json"
-    with pytest.raises(ValueError, match=r"1-machine.json does not say ceilings.product_bf16_tflop_s"):
-        product_of(file, "cpu")
-    file.write_text(json.dumps({"ceilings": {}}))
-    with pytest.raises(ValueError, match="does not say"):
-        product_of(file, "cpu")
+    for content in ("", "{", json.dumps({"ceilings": {}})):
+        file.write_text(content)
+        reached, source = product_of(file, "cpu")
+        assert reached == 1.5
+        assert "1-machine.json does not say ceilings.bf16_tflops" in source
+    assert product_of(None, "cpu") == (1.5, "measured here: no file was given")
     file.write_text(json.dumps(MACHINE))
     assert product_of(file, "cpu") == (2.5, "1-machine.json")
 
@@ -117,7 +119,7 @@ def test_infinitys_learned_text_is_drawn_by_the_cpus_generator() -> None:
 
 
 def test_peaks_are_those_of_their_phases(tmp_path: Path) -> None:
-    config = config_of(SIZES["var-d16"], "cpu", tmp_path / "run", small=True)
+    config = config_of("var-d16", "cpu", tmp_path / "run", small=True)
     trainer = Trainer(config)
     memory, stage = Counted(), trainer.stage
 
@@ -142,7 +144,7 @@ def test_peaks_are_those_of_their_phases(tmp_path: Path) -> None:
         }  # fmt: skip
     assert len(kept) == 750_000
     assert trainer.stage == stage
-    assert set(trainer.seconds) == {"rollout", "decode", "logp", "backward"}
+    assert set(trainer.clock.seconds()) == {"rollout", "decode", "logp", "backward"}
     trainer.folder.close()
 
 
@@ -170,7 +172,7 @@ def test_small_models_of_the_same_families(tmp_path: Path) -> None:
     code, result = small(tmp_path)
     assert (code, result["failed"], list(result["sizes"])) == (0, [], list(SIZES))
     for name, entry in result["sizes"].items():
-        config = config_of(SIZES[name], "cpu", tmp_path / "run", small=True)
+        config = config_of(name, "cpu", tmp_path / "run", small=True)
         assert entry["planned_gb"] == estimate(config).peak() / 1e9
         # On a CPU pictures lie beside the rest, and norms stay in bf16.
         assert entry["memory"]["of_plan"] == pytest.approx(1, abs=0.2)
@@ -178,7 +180,7 @@ def test_small_models_of_the_same_families(tmp_path: Path) -> None:
         for kind in ("prefix", "suffix"):
             found = entry["updates"][kind]
             assert found["measured"] == "second"
-            assert found["seconds"] == pytest.approx(sum(found["seconds_by_stage"].values()))
+            assert found["seconds"] >= sum(found["seconds_by_stage"].values())
             assert found["pictures_a_second"] == pytest.approx(found["pictures"] / found["seconds"])
             seconds = found["seconds_by_stage"]["logp"] + found["seconds_by_stage"]["backward"]
             assert found["tflop_s"] == pytest.approx(found["tflop_of_forward_and_backward"] / seconds)
@@ -202,10 +204,10 @@ def test_a_step_that_was_not_taken_fails_its_size_alone(tmp_path: Path, monkeypa
 
 
 def test_operations_are_those_of_the_sequences_that_are_trained(tmp_path: Path) -> None:
-    config = config_of(SIZES["var-d16"], "cpu", tmp_path / "run", small=True)
+    config = config_of("var-d16", "cpu", tmp_path / "run", small=True)
     trainer = Trainer(config)
     record = {"seconds": {"rollout": 1.0, "logp": 0.5, "backward": 1.5}, "loss": 0.0, "gradient_norm": 1.0}
-    found = sizes._speed(trainer, "prefix", record, 1e-6)
+    found = sizes._speed(trainer, "prefix", record, 3.0, 1e-6)
     plan = updates.plan("prefix", config.method, trainer.schedule)
     operations = 4 * flops.training(flops.Shape.of(trainer.policy), trainer.schedule, plan.steps)
     assert found["of_product"] == pytest.approx(operations / 2.0 / 1e6)

@@ -46,23 +46,24 @@ OF_PRODUCT = 0.45
 """Goal: FLOP/s of forward and backward over those of the bf16 product, at least."""
 OF_PLAN = 0.15
 """Goal: how far the peak of memory may be from the plan's, relative to it."""
-LIMIT_S = 170.0
-"""Nothing is begun that would end later than so many seconds after the start."""
+LIMIT_S, FIRST_S = 170.0, 8.0
+"""Nothing is begun that would end later than so many seconds after the start; a model's first update may take the
+second number."""
 Write = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Size:
-    """A published model, and how many sequences of it an update takes.
+    """How many sequences of a published model an update takes.
+
+    Batches are those of its recipe, so that memory and speed are those of a whole run.
 
     Attributes:
-        recipe: in ``recipes``; its batches are kept, so that memory and speed are those of a whole run.
         prompts, group: enough for two passes of the recipe's micro-batch, so that one meets the other's gradients.
         words: other settings.
         small: settings of a tiny model of the same family in their place.
     """
 
-    recipe: str
     prompts: int
     group: int
     small: tuple[str, ...]
@@ -89,43 +90,37 @@ CLIP = {"Cvae": 8, "V": 1024, "context_dim": 64, "pooled_dim": 32}
 T5 = {"block_chunks": 2, "text_channels": 128, "text_maxlen": 64}
 BITS = {"codebook_dim": 8, "base_ch": 32, "num_res_blocks": 1}
 SIZES = {
-    "var-d16": Size("var-d16.yaml", 8, 16, _tiny(transformer={"patch_nums": GRIDS}, tokenizer=VQVAE)),
+    "var-d16": Size(8, 16, _tiny(transformer={"patch_nums": GRIDS}, tokenizer=VQVAE)),
     "infinity-2b": Size(
-        "infinity-2b.yaml",
         1,
         4,
         _tiny(transformer=T5, tokenizer=BITS, scale_schedule=[[side, side] for side in GRIDS]),
         TEXTS,
     ),
-    "var-d30": Size("var-d30.yaml", 1, 16, _tiny(transformer={"patch_nums": GRIDS, "depth": 6}, tokenizer=VQVAE)),
-    "switti-512": Size(
-        "switti-512.yaml", 1, 8, _tiny(transformer={"patch_nums": GRIDS, **CLIP}, tokenizer={"ch": 32}), TEXTS
-    ),
+    "var-d30": Size(1, 16, _tiny(transformer={"patch_nums": GRIDS, "depth": 6}, tokenizer=VQVAE)),
+    "switti-512": Size(1, 8, _tiny(transformer={"patch_nums": GRIDS, **CLIP}, tokenizer={"ch": 32}), TEXTS),
 }
-"""By name, those that tell the most first."""
+"""By the name of the recipe, those that tell the most first."""
 
 
-def config_of(size: Size, device: str, out: Path, small: bool = False) -> TrainConfig:
+def config_of(name: str, device: str, out: Path, small: bool = False) -> TrainConfig:
     """The recipe of a size with random weights, as ``varl train`` would read it, for a few updates."""
+    size, recipe = SIZES[name], ROOT / "recipes" / f"{name}.yaml"
     few = size.small if small else ("--method.prompts", str(size.prompts), "--method.group", str(size.group))
     own = ("--run.device", device, "--run.out", str(out))
-    return _settings("train", COMMANDS["train"], [str(ROOT / "recipes" / size.recipe), *WORDS, *size.words, *few, *own])
+    return _settings("train", COMMANDS["train"], [str(recipe), *WORDS, *size.words, *few, *own])
 
 
 def product_of(machine: Path | None, device: str) -> tuple[float, str]:
-    """TFLOP/s of a large bf16 product, and where they are from: the machine's file, or measured here without one.
-
-    Raises:
-        ValueError: if the file does not say.
-    """
-    if machine is None:
-        work, operations = product(Settings(device=device), torch.bfloat16)
-        return operations / min(timed(work, device) for _ in range(4)) / 1e12, "measured here"
-    try:
-        found = float(json.loads(machine.read_text())["ceilings"]["product_bf16_tflop_s"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{machine} does not say ceilings.product_bf16_tflop_s: {error!r}") from error
-    return found, str(machine.name)
+    """TFLOP/s of a large bf16 product and where they are from: the machine's file, or measured here if none says it."""
+    why = "no file was given"
+    if machine is not None:
+        try:
+            return float(json.loads(machine.read_text())["ceilings"]["bf16_tflops"]), machine.name
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"{machine} does not say ceilings.bf16_tflops, {error!r}"
+    work, operations = product(Settings(device=device), torch.bfloat16)
+    return operations / min(timed(work, device) for _ in range(4)) / 1e12, f"measured here: {why}"
 
 
 def faults(record: dict[str, Any]) -> list[str]:
@@ -165,26 +160,27 @@ def measure(config: TrainConfig, entry: dict[str, Any], write: Write, left: Call
         stack.callback(trainer.folder.close)
         stack.enter_context(memory.following(trainer))
         for turn, kind in [(turn, kind) for turn in ("first", "second") for kind in KINDS]:
-            expected = entry["updates"].get(kind, {}).get("seconds", 0.0)
+            expected = entry["updates"].get(kind, {}).get("seconds", FIRST_S)
             if expected > left():
                 entry["skipped"].append(f"{turn} {kind} update: {left():.0f} s are left of the time limit")
                 break
+            begun = time.perf_counter()
             with by_phase(trainer, memory) as phases:
                 record = trainer.step()
+            whole = time.perf_counter() - begun  # a record has read the device's clock at its end
             for phase, peak in phases.items():
                 highest[phase] = max(peak, highest.get(phase, 0))
-            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, tflops)}
+            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, whole, tflops)}
             entry["memory"] = _memory(planned, highest, memory)
             write()
             if wrong := faults(record):
                 raise RuntimeError(f"{turn} {kind} update: {', '.join(wrong)}")
 
 
-def _speed(trainer: Trainer, kind: updates.Kind, record: dict[str, Any], tflops: float) -> dict[str, Any]:
-    """Seconds by stage, pictures a second, and the share of the product."""
+def _speed(trainer: Trainer, kind: updates.Kind, record: dict[str, Any], whole: float, tflops: float) -> dict[str, Any]:
+    """Seconds by stage, pictures a second, and the share of the product; ``whole`` is the update's seconds."""
     method, seconds = trainer.config.method, record["seconds"]
     plan = updates.plan(kind, method, trainer.schedule)
-    whole = sum(seconds.values())
     shape = flops.Shape.of(trainer.policy, TOKENS.get(trainer.policy.family, 0))
     operations = flops.learning(shape, trainer.schedule, plan, method.prompts * plan.sequences)
     reached = operations / (seconds["logp"] + seconds["backward"]) / 1e12
@@ -221,12 +217,11 @@ def _memory(planned: Estimate, highest: dict[str, int], memory: Counter) -> dict
     }
 
 
-def _try(size: Size, entry: dict[str, Any], small: bool, device: str, *rest: Any) -> str | None:
+def _try(name: str, entry: dict[str, Any], small: bool, device: str, *rest: Any) -> str | None:
     """Measure one size; returns why it failed, if it did, and holds nothing of it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            config = config_of(size, device, Path(folder) / "run", small)
-            entry["recipe"] = f"recipes/{size.recipe}"
+            config = config_of(name, device, Path(folder) / "run", small)
             entry["batches"] = {"micro_batch": config.run.micro_batch, "rollout_batch": config.run.rollout_batch}
             entry["sequences"] = {"prompts": config.method.prompts, "group": config.method.group}
             measure(config, entry, *rest)
@@ -279,7 +274,7 @@ def main(words: list[str] | None = None) -> int:
         entry = result["sizes"][name] = {}
         if left() <= 0:
             entry["skipped"] = ["the time limit is over"]
-        elif (why := _try(SIZES[name], entry, a.small, a.device, write, left, tflops)) is not None:
+        elif (why := _try(name, entry, a.small, a.device, write, left, tflops)) is not None:
             result["failed"].append(f"{name}: {why}")
         gc.collect()
         _say(name, entry)
