@@ -139,7 +139,6 @@ def test_infinity(infinity_case: infinity_cases.Case, name: str) -> None:
 TOKENFLOW: Calls = {
     "features": tokenflow.test_features_of_drawn_grids,
     "forced": tokenflow.test_teacher_forced_logits,
-    "whole": tokenflow.test_the_whole_sequence_and_its_losses,
     "guided": tokenflow.test_guided_logits_from_the_cache,
     "greedy": lambda case: tokenflow.test_greedy_generation(case, "greedy"),
     "refined": lambda case: tokenflow.test_greedy_generation(case, "greedy_loop2"),
