@@ -54,7 +54,7 @@ def test_filters_keep_what_the_cpus_keep(
     sampling = Sampling(top_k=top_k, top_p=top_p, temperature=0.9)
     expected, found = filter_logits(logits, sampling), filter_logits(logits.to(device), sampling).cpu()
     other = (found.isfinite() != expected.isfinite()).any(-1)
-    report.within(f"filters, top-k {top_k}, top-p {top_p}, {'ties' * ties}", float(other.double().mean()), 0.01)
+    report.within(f"filters, top-k {top_k}, top-p {top_p}{', ties' * ties}", float(other.double().mean()), 0.01)
     torch.testing.assert_close(found[~other], expected[~other], atol=1e-6, rtol=1e-6)
     # Where rounding decided, it was about one class, or about classes that are alike.
     assert bool((found.isfinite().sum(-1) - expected.isfinite().sum(-1)).abs().le(1)[other].all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import Any
 
@@ -42,6 +43,7 @@ def test_pictures_and_their_tokens(pair: Pair, report: Report) -> None:
 
 
 @pytest.mark.parametrize(("enlarge", "cosine"), list(product(["bicubic", "nearest", "bilinear"], [False, True])))
+@torch.no_grad()
 def test_quantizers(enlarge: str, cosine: bool, device: torch.device, report: Report) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -50,7 +52,7 @@ def test_quantizers(enlarge: str, cosine: bool, device: torch.device, report: Re
     for quantizer in made:
         name, expected = f"{type(quantizer).__name__}, {enlarge}{', cosine' * cosine}", quantizer.encode(features)
         total, maps = quantizer.accumulate(expected, 4)
-        there = quantizer.to(device)
+        there = copy.deepcopy(quantizer).to(device)
         assert torch.equal(there.encode(features.to(device)).cpu(), expected)
         found, maps_there = there.accumulate(expected.to(device), 4)
         report.near(f"{name}: features", found, total, 1e-5)
