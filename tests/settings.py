@@ -187,6 +187,7 @@ ELSEWHERE = {
     "evaluation.alarm_stops": "tests/evaluation/test_alarm.py",
     "run.out": "tests/run/test_folder.py",
     "run.device": "tests/test_cli.py",
+    "run.deterministic": "tests/test_deterministic.py",
     "parallel.param_dtype": "tests/test_distributed.py",
     "parallel.cpu_offload": "tests/test_distributed.py",
 }

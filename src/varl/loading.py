@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from varl.models import load_policy
 from varl.models.blocks import Eager, blocks_of
 from varl.policy import Policy
 
-__all__ = ["autocast", "choose_device", "frozen_copy", "prepare"]
+__all__ = ["autocast", "choose_device", "compute_alike", "frozen_copy", "prepare"]
 
 GRAPHS = 32
 """Graphs of one function that may be made before it is no longer compiled."""
@@ -63,6 +64,19 @@ def choose_device(name: str) -> torch.device:
     if int(number[1] or 0) >= max(torch.cuda.device_count(), 1):
         raise ValueError(f"the device is {name}, but there are only {torch.cuda.device_count()} GPUs, from cuda:0 on")
     return torch.device(name)
+
+
+def compute_alike() -> None:
+    """Have torch compute the same bits each time, on the same device with the same versions; for the whole process.
+
+    An operator that has no such way warns, and works as always.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU's first product is computed
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    # Every other kind of attention sums its gradients in no fixed order, unless operators are to fail and not to warn.
+    for kind in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
 
 
 def prepare(config: PolicyConfig, device: torch.device) -> Policy:

@@ -168,6 +168,8 @@ class RunConfig:
         seed: of everything drawn in training.
         device: ``cpu``, ``cuda`` or ``auto``.
         threads: CPU threads of the model; 0 leaves torch's choice.
+        deterministic: compute on a GPU to the same bits each time, on the same card with the same versions: slower, and
+            attention takes more memory. It holds for the whole process.
         micro_batch: sequences in one forward and backward pass, and pictures decoded or evaluated at once; ``auto``
             measures, at the first update of each kind, what costs the least time and fits in memory, and keeps to it in
             this run folder.
@@ -191,6 +193,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     threads: int = 0
+    deterministic: bool = False
     micro_batch: int | Literal["auto"] = 32
     rollout_batch: int = 0
     overlap: bool = False

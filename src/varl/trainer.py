@@ -24,7 +24,7 @@ from varl.ending import OUTLIVED_S
 from varl.errors import naming_memory
 from varl.evaluation.held_out import Evaluation, evaluate
 from varl.learner import Batch, Learner
-from varl.loading import autocast, choose_device, frozen_copy, prepare
+from varl.loading import autocast, choose_device, compute_alike, frozen_copy, prepare
 from varl.models import save_policy
 from varl.policy import Policy, Prompt
 from varl.prompts import PromptStream, check_prompts, resolve_prompts
@@ -94,6 +94,8 @@ class Trainer:
         self.config, run = config, config.run
         if run.threads:
             torch.set_num_threads(run.threads)
+        if run.deterministic:
+            compute_alike()
         state.seed_all(run.seed)
         self.distributed = distributed or Distributed.here(config.parallel, choose_device(run.device))
         self.device = self.distributed.device

@@ -16,7 +16,7 @@ import varl
 from small import make_inkling, make_prompts
 from varl.policy import Condition, Policy, Prompt
 
-__all__ = ["NAMES", "Pair", "every", "make_pair"]
+__all__ = ["EMBEDDED", "NAMES", "Pair", "every", "make_pair"]
 
 EMBEDDED = "inkling-embedded"
 NAMES = ["inkling", EMBEDDED, *(family.name for family in families.FAMILIES)]
@@ -24,7 +24,7 @@ NAMES = ["inkling", EMBEDDED, *(family.name for family in families.FAMILIES)]
 every = pytest.mark.parametrize("pair", NAMES, indirect=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """A policy on the CPU and on the device; tests that change one make their own.
 

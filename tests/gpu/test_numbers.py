@@ -13,7 +13,7 @@ from torch import Tensor
 
 from families import shaken
 from gpu.measuring import PRECISIONS, Precision, Report, difference, differences
-from gpu.pairs import Pair, every
+from gpu.pairs import EMBEDDED, Pair, every
 from varl import Sampling, log_probs
 from varl.config import MethodConfig, OptimizerConfig
 from varl.learner import Batch, Learner
@@ -86,8 +86,10 @@ ASKED: dict[str, dict[str, Any]] = {
 
 def asked(pair: Pair, policy: Policy, device: torch.device, name: str) -> tuple[Scores, Scores]:
     """What ``log_probs`` gives for one way of asking: with gradients recorded."""
-    condition = pair.conditions(ROWS, GROUP)[device != CPU]
+    condition = policy.condition(pair.prompts(ROWS)).repeat(GROUP)
     options, schedule = dict(ASKED[name]), condition.schedule
+    if name == "guided, truncated" and policy.classes == 2:
+        options["guidance"] = Sampling(guidance=1.5, top_p=0.9)
     steps = range(options.pop("steps", 0), len(schedule))
     actions = pair.actions(ROWS * GROUP)
     before = schedule.offsets[steps.start]
@@ -99,7 +101,7 @@ def asked(pair: Pair, policy: Policy, device: torch.device, name: str) -> tuple[
             chosen = torch.rand(*rows, span.stop - span.start, generator=generator) < options[option]
             options[option] = chosen.to(device)
     if options.get("reference"):
-        options["reference"] = expected(pair, f"reference {device}", lambda: shaken(pair.made(CPU), 0.02).to(device))
+        options["reference"] = expected(pair, f"reference {device}", lambda: shaken(pair.made(CPU), 0.1).to(device))
     return log_probs(policy, condition, actions.to(device), steps, **options)
 
 
@@ -118,9 +120,8 @@ def test_log_probabilities(pair: Pair, precision: Precision, name: str, report: 
         value = getattr(wanted, part)
         assert (value is None) == (getattr(found, part) is None)
         if value is not None:
-            report.near(
-                f"{pair.name}, {precision.name}: {part}, {name}", getattr(found, part), value, precision.scores
-            )
+            allowed = precision.kl if part == "kl" else precision.scores
+            report.near(f"{pair.name}, {precision.name}: {part}, {name}", getattr(found, part), value, allowed)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Kind:
     shared: int = 1
     micro_batch: int = 4
     method: dict[str, Any] = field(default_factory=dict)
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 KINDS = {
@@ -185,7 +186,7 @@ def learnt(pair: Pair, policy: Policy, reference: Policy, device: torch.device, 
 def trained(pair: Pair, device: torch.device) -> tuple[Policy, Policy]:
     """A policy whose gradients are asked for, and its reference."""
     policy = pair.made(device)
-    return policy, shaken(frozen_copy(pair.made(CPU)), 0.02).to(device)  # type: ignore[attr-defined]
+    return policy, shaken(frozen_copy(pair.made(CPU)), 0.1).to(device)  # type: ignore[attr-defined]
 
 
 @every
@@ -194,16 +195,18 @@ def trained(pair: Pair, device: torch.device) -> tuple[Policy, Policy]:
 def test_losses_and_gradients(pair: Pair, precision: Precision, kind: str, report: Report) -> None:
     if kind == "prefix, as sampled" and precision.name != "fp32":
         pytest.skip("rounding moves classes over the edge of what may be drawn")
+    if pair.name == EMBEDDED and kind not in ("full", "suffix"):
+        pytest.skip("the small one is tried in this kind")
     if "without gradient" in kind and not pair.cpu.shares_keys:
         pytest.skip("its steps read no prefix")
     wanted, gradients = expected(pair, f"update {kind}", lambda: learnt(pair, *trained(pair, CPU), CPU, KINDS[kind]))
     with precision.on(pair.device):
         found, there = learnt(pair, *trained(pair, pair.device), pair.device, KINDS[kind])
     name = f"{pair.name}, {precision.name}"
-    assert abs(wanted["loss"]) > 1e-3
     assert all(gradient.device == pair.device for gradient in there.values())
     report.within(f"{name}: gradients, {kind}", differences(there, gradients), precision.gradients)
     for figure in ("loss", "entropy_by_step", "kl_by_step", "loss_share_by_step"):
-        if figure in wanted and (figure != "loss" or abs(wanted["loss"]) > 1e-3):
+        if figure in wanted:
             values = (torch.tensor(one[figure], dtype=torch.double) for one in (found, wanted))
-            report.within(f"{name}: {figure}, {kind}", difference(*values), precision.scores)
+            allowed = precision.kl if figure == "kl_by_step" else precision.scores
+            report.within(f"{name}: {figure}, {kind}", difference(*values), allowed)

@@ -45,8 +45,8 @@ _FOLDERS = {"evaluations": ("*.json", "*.pt"), "gallery": ("*.png",), "checkpoin
 
 _MAY_CHANGE = {
     "run": (
-        *("out", "updates", "device", "threads", "save_every", "keep", "gallery_every", "diagnose_every"),
-        *("max_failed_share", "failure_window"),
+        *("out", "updates", "device", "threads", "deterministic", "save_every", "keep"),
+        *("gallery_every", "diagnose_every", "max_failed_share", "failure_window"),
     ),
     "evaluation": ("alarm_window", "alarm_stops"),
     "parallel": ("mode", "cpu_offload", "timeout"),
