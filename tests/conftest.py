@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def _stays_in_its_folder() -> Iterator[None]:
     assert Path.cwd() == FOLDER, "a test before this one changed the working directory"
     yield
     assert Path.cwd() == FOLDER, "this test changed the working directory"
+
+
+@pytest.fixture(autouse=True)
+def _stays_loud() -> Iterator[None]:
+    """Benchmarks make the library's log quiet, in a process that is theirs."""
+    level = logging.getLogger("varl").level
+    yield
+    logging.getLogger("varl").setLevel(level)
 
 
 @pytest.fixture(scope="session")
