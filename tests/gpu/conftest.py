@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +29,10 @@ def chosen(config: pytest.Config) -> torch.device | None:
     if asked is None and not torch.cuda.is_available():
         return None
     try:
-        return choose_device(asked or "cuda")
+        device = choose_device(asked or "cuda")
     except ValueError as error:
         raise pytest.UsageError(f"--gpu-device: {error}") from error
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 class Recorder:
@@ -58,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.gpu)
     device = chosen(config) if own else None
     if device is not None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, long before a test asks for it
         config.stash[SESSION] = Report(str(device))
         config.pluginmanager.register(Recorder(config.stash[SESSION], config.getoption("--gpu-report")))
 
