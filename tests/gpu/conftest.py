@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import processes
+import tiny_runs
 from gpu.measuring import Report
 from gpu.pairs import Pair, make_pair
 from varl.loading import choose_device
@@ -80,6 +84,24 @@ def report(request: pytest.FixtureRequest) -> Report:
 def device(report: Report) -> torch.device:
     """The GPU, or in a rehearsal the CPU in its place."""
     return torch.device(report.device)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lone(
+    request: pytest.FixtureRequest, device: torch.device, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[list[dict[str, Any]]]]:
+    """What ``lone.runs`` finds, in a process of its own that works beside all other tests, from the first one on.
+
+    It joins a group by a port that the system chooses.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        if any("test_processes" in item.nodeid for item in request.session.items):
+            folder = tmp_path_factory.mktemp("lone")
+            tiny_runs.tiny_weights(folder / "tiny.safetensors")
+            (folder / "device.txt").write_text(str(device))
+            yield pool.submit(processes.run, 1, "gpu.lone.runs", folder)
+        else:
+            yield Future()
 
 
 @pytest.fixture

@@ -197,6 +197,8 @@ def test_losses_and_gradients(pair: Pair, precision: Precision, kind: str, repor
         pytest.skip("rounding moves classes over the edge of what may be drawn")
     if pair.name == EMBEDDED and kind not in ("full", "suffix"):
         pytest.skip("the small one is tried in this kind")
+    if precision.name == "tf32" and kind not in ("full", "prefix, exact KL", "suffix"):
+        pytest.skip("other kinds are made of the same products")
     if "without gradient" in kind and not pair.cpu.shares_keys:
         pytest.skip("its steps read no prefix")
     wanted, gradients = expected(pair, f"update {kind}", lambda: learnt(pair, *trained(pair, CPU), CPU, KINDS[kind]))
