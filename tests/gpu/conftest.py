@@ -51,8 +51,12 @@ class Recorder:
             self.report.outcomes[report.outcome] += 1
             if report.failed:
                 self.report.failed.append(report.nodeid)
+            self._write()  # at once: a time limit leaves what is known by then
 
     def pytest_sessionfinish(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
         if self.path is not None:
             self.report.write(self.path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections import Counter
@@ -91,7 +92,9 @@ class Report:
             "facts": self.facts,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(made, indent=1) + "\n")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(made, indent=1) + "\n")
+        os.replace(partial, path)
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,13 @@ def machine(folder: Path, python: Path) -> Machine:
     return Machine(tree, python)
 
 
-def rehearse(machine: Machine, out: Path, *words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def rehearse(
+    machine: Machine, out: Path, *words: str, path: Path | None = None, pytest_words: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run ``day.sh --rehearse`` with the machine's interpreter, from another folder, without the tests' environment."""
     named = ("PYTHON", "VIRTUAL_ENV", "VARL_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(named)}
-    given = {"PYTHONPATH": str(path)} if path else {}
+    given = {"PYTEST_ADDOPTS": pytest_words} | ({"PYTHONPATH": str(path)} if path else {})
     command = [
         machine.tree / "tools" / "gpu" / "day.sh",
         "--rehearse",

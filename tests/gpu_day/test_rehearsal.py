@@ -57,6 +57,8 @@ class Fault(NamedTuple):
     part: int
     lines: str
     says: str
+    only: str = ""
+    """Words for pytest, so that of its part no more is run than what is broken."""
 
 
 FAULTS = {
@@ -70,6 +72,30 @@ FAULTS = {
         "after('rapidocr', lambda module: 1 / 0)",
         "problem: rapidocr is needed: import rapidocr raised ZeroDivisionError",
     ),
+    "a family whose numbers are off by a little": Fault(
+        2,
+        "after('torch.nn.functional', lambda module: setattr(module, 'layer_norm', "
+        "lambda *words, own=module.layer_norm, **named: 1.001 * own(*words, **named)))",
+        "test_golden.py",
+        "-k golden",
+    ),
+    "an engine that reads nothing": Fault(
+        3,
+        "after('varl.rewards.engine', lambda module: setattr(module.OcrEngine, 'read', lambda *words, **named: 1 / 0))",
+        "varl train ended with code 1",
+    ),
+    "updates that teach nothing": Fault(
+        4,
+        "after('benchmarks.shapes', lambda module: setattr(module, 'brightness', "
+        "lambda images, prompts: 0 * images.mean((1, 2, 3))))",
+        "var-d16: RuntimeError: first prefix update",
+    ),
+    "a naive way that computes something else": Fault(
+        5,
+        "after('benchmarks.naive', lambda module: setattr(module, 'loss', "
+        "lambda *words, own=module.loss: 1.01 * own(*words)))",
+        "of the library and of the naive way differ",
+    ),
 }
 """At least one for each part."""
 
@@ -79,7 +105,8 @@ def test_a_part_fails_when_what_it_checks_is_broken(bare: Machine, tmp_path: Pat
     fault = FAULTS[name]
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text(Path(faults.__file__).read_text() + fault.lines + "\n")
-    ended = rehearse(bare, tmp_path / "out", "--only", str(fault.part), path=tmp_path / "path")
+    part, path = str(fault.part), tmp_path / "path"
+    ended = rehearse(bare, tmp_path / "out", "--only", part, path=path, pytest_words=fault.only)
     assert ended.returncode == 1
     assert results(tmp_path / "out") == ["failed" if part.number == fault.part else "not run" for part in PARTS]
     assert fault.says in ended.stdout
