@@ -76,7 +76,9 @@ def ran(made: TrainConfig, size: int) -> dict[str, Any]:
     def counted(name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
             first = next(x for x in arguments if isinstance(x, torch.Tensor | list))
-            sent[f"{name} on {(first[0] if isinstance(first, list) else first).device.type}"] += 1
+            one = first[0] if isinstance(first, list) else first
+            if one.numel() > 1:  # a number alone is no gradient
+                sent[f"{name} on {one.device.type}"] += 1
             return originals[name](*arguments, **options)
 
         return call

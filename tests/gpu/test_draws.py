@@ -29,9 +29,7 @@ def share(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("there", [True, False], ids=["their generator on the device", "their generator on the CPU"])
 @pytest.mark.parametrize("truncated", [False, True])
-def test_frequencies_are_the_probabilities(
-    there: bool, truncated: bool, device: torch.device, report: Report, request: pytest.FixtureRequest
-) -> None:
+def test_frequencies_are_the_probabilities(there: bool, truncated: bool, device: torch.device, report: Report) -> None:
     draws, logits = 100_000, torch.tensor([0.5, -1.0, 2.0, 0.0, -torch.inf, 1.0])
     kept = filter_logits(logits, Sampling(top_k=3)) if truncated else logits
     generator = torch.Generator(device if there else CPU).manual_seed(0)
@@ -40,7 +38,7 @@ def test_frequencies_are_the_probabilities(
     possible = expected > 0
     assert counts[~possible].sum() == 0
     chi_square = float(((counts - expected).square() / expected)[possible].sum())
-    report.facts[f"chi-square of {request.node.callspec.id}"] = chi_square
+    report.facts[f"chi-square of draws{', truncated' * truncated}, {'device' if there else 'CPU'}"] = chi_square
     assert chi_square < {5: 18.5, 3: 13.9}[int(possible.sum())]  # the 99.9% quantiles
 
 
@@ -129,6 +127,10 @@ def test_forks_go_on_as_replays_do(pair: Pair, report: Report) -> None:
     again = replay(pair.there, condition, start.actions, 2, sampling.guidance)
     logits = [pair.there.next_logits(one.state.fork(2)) for one in (start, again)]
     report.near(f"{pair.name}: logits after a replay", logits[1], logits[0], 1e-4)
+    for row in range(2):
+        own = replay(pair.there, condition.select([row]), start.actions[row : row + 1], 2, sampling.guidance)
+        expected = pair.there.next_logits(own.state).repeat_interleave(2, 0)
+        report.near(f"{pair.name}: logits of row {row}, forked", logits[0][2 * row : 2 * row + 2], expected, 1e-4)
     found = [
         rollout(pair.there, condition, sampling, row_generators((2,), 6, pair.device), start=one, fork=3).actions
         for one in (start, again)
