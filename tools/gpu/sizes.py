@@ -170,11 +170,11 @@ def measure(config: TrainConfig, entry: dict[str, Any], write: Write, left: Call
             whole = time.perf_counter() - begun  # a record has read the device's clock at its end
             for phase, peak in phases.items():
                 highest[phase] = max(peak, highest.get(phase, 0))
-            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, whole, tflops)}
             entry["memory"] = _memory(planned, highest, memory)
-            write()
             if wrong := faults(record):
                 raise RuntimeError(f"{turn} {kind} update: {', '.join(wrong)}")
+            entry["updates"][kind] = {"measured": turn, **_speed(trainer, kind, record, whole, tflops)}
+            write()
 
 
 def _speed(trainer: Trainer, kind: updates.Kind, record: dict[str, Any], whole: float, tflops: float) -> dict[str, Any]:
