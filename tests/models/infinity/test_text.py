@@ -168,5 +168,8 @@ def test_a_prompt_is_encoded_once(flan_t5: Path) -> None:
     again = encoder(["a dog", "the mat"], device)
     assert torch.equal(again[0], first[1])
     assert len(calls) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = TextEncoder(flan_t5, 12)(["a cat"], device)
+    assert torch.equal(inside[0], first[0])
     with pytest.raises(FileNotFoundError, match="a local folder is needed"):
         TextEncoder(flan_t5 / "google" / "flan-t5-xl")(["a cat"], device)

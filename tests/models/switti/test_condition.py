@@ -112,6 +112,14 @@ def test_every_text_is_encoded_once(policy: Switti, monkeypatch: pytest.MonkeyPa
     assert asked[4:] == ["ox"]
 
 
+def test_what_a_text_becomes_does_not_depend_on_who_asks(policy: Switti, parts: dict[str, Any]) -> None:
+    folders = (parts["text_encoder"], parts["text_encoder_2"])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = TextEncoders(folders)(["a dog"], torch.device("cpu"))
+    for name, value in TextEncoders(folders)(["a dog"], torch.device("cpu")).items():
+        assert torch.equal(inside[name], value), name
+
+
 def test_a_drawing_from_a_text(policy: Switti) -> None:
     condition = policy.condition([Prompt("a dog"), Prompt("ox")])
     rollout = varl.rollout(policy, condition, varl.Sampling(guidance=2.0), torch.Generator().manual_seed(0))

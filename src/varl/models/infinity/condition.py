@@ -25,7 +25,8 @@ REMEMBERED = 8192
 class TextEncoder:
     """A flan-T5 encoder from a local folder, loaded when first needed; every distinct prompt is encoded once.
 
-    Prompts are encoded one by one, padded to ``tokens``, so that a prompt's features do not depend on its neighbours.
+    Prompts are encoded one by one, padded to ``tokens``, and without autocast, so that a prompt's features depend
+    neither on its neighbours nor on who asked for them first.
 
     Args:
         path: folder with the tokenizer and the weights, as transformers saves them.
@@ -51,7 +52,8 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
         """Features of prompts, as they are written: fp32 [length, E] each, the end token included."""
-        return [self._one(prompt, device) for prompt in prompts]
+        with torch.autocast(device.type, enabled=False):
+            return [self._one(prompt, device) for prompt in prompts]
 
     def count(self, prompt: str) -> tuple[int, int]:
         """The tokens of a prompt, the end token included, and how many of them are read."""

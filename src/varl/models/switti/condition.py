@@ -35,7 +35,8 @@ def crop_values(heights: Tensor, widths: Tensor) -> Tensor:
 class TextEncoders:
     """CLIP ViT-L/14 and OpenCLIP ViT-bigG/14, in that order, each with its tokenizer; loaded when first used.
 
-    Every distinct text is encoded once; the ``CACHED`` last used are kept, on the CPU.
+    Every distinct text is encoded once, without autocast, so that its features do not depend on who asked for them
+    first; the ``CACHED`` last used are kept, on the CPU.
 
     Args:
         folders: local folders of the two, as transformers saves them.
@@ -77,7 +78,8 @@ class TextEncoders:
         for tokenizer, model in self._load(device):
             given = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
             mask = given["attention_mask"].to(device)
-            out = model(input_ids=given["input_ids"].to(device), attention_mask=mask)
+            with torch.autocast(device.type, enabled=False):
+                out = model(input_ids=given["input_ids"].to(device), attention_mask=mask)
             states.append(out.last_hidden_state)
         # The summary and the mask are those of the second encoder; its mask serves for the tokens of both.
         bias = torch.zeros(mask.shape, device=device).masked_fill(mask == 0, -torch.inf)
