@@ -77,12 +77,26 @@ def test_lists_of_objects_are_tables_with_a_column_for_each_name(tmp_path: Path)
     assert "| c |  | yes | draw 0.5 |" in text
 
 
+def test_objects_of_one_kind_are_the_columns_of_a_table(tmp_path: Path) -> None:
+    of_d16 = {"seconds": 2.0, "memory": {"peak_gb": 9.0, "plan": [{"what": "weights"}]}}
+    sizes = {"sizes": {"d16": of_d16, "d30": {"memory": {"peak_gb": 40.0}, "skipped": ["no time"]}}}
+    (tmp_path / "4-sizes.json").write_text(json.dumps(sizes))
+    _, _, text = report(tmp_path).partition("**sizes**")
+    assert rows(text) == [
+        ["", "d16", "d30"],
+        ["---"] * 3,
+        ["seconds", "2", ""],
+        ["memory, peak_gb", "9", "40"],
+        ["skipped", "", "no time"],
+    ]
+
+
 def test_long_tables_are_cut_and_say_where_the_rest_is(tmp_path: Path) -> None:
     (tmp_path / "2-tests.json").write_text(json.dumps({"cases": [{"n": n} for n in range(100)]}))
     text = report(tmp_path)
-    assert "| 39 |" in text
-    assert "| 40 |" not in text
-    assert "60 more rows are in 2-tests.json." in text
+    assert "| 79 |" in text
+    assert "| 80 |" not in text
+    assert "20 more rows are in 2-tests.json." in text
 
 
 @pytest.mark.parametrize("written", ['{"a": [1, 2', "", "\\x00"])

@@ -17,7 +17,7 @@ from tools.gpu.parts import PARTS, Part
 
 __all__ = ["main", "note", "outcome", "report"]
 
-ROWS = 40
+ROWS = 80
 """Rows of one table at most; the rest is in the part's file."""
 Found = dict[str, Any]
 
@@ -101,10 +101,29 @@ def _tables(value: Mapping[str, Any], file: str, above: str = "") -> Iterator[st
         name = f"{above}{key}"
         if isinstance(each, Mapping) and each:
             yield from ["", f"**{name}**"]
-            yield from _tables(each, file, f"{name}, ")
+            alike = all(isinstance(inner, Mapping) for inner in each.values())
+            yield from _side_by_side(each, file) if alike else _tables(each, file, f"{name}, ")
         elif isinstance(each, list) and _nested(each):
             yield from ["", f"**{name}**"]
             yield from _table([row if isinstance(row, Mapping) else {"": row} for row in each], file)
+
+
+def _side_by_side(value: Mapping[str, Mapping[str, Any]], file: str) -> Iterator[str]:
+    """Objects of one kind as the columns of a table; of what is in them deeper, all but long lists."""
+    rows: dict[str, dict[str, Any]] = {}
+    for column, each in value.items():
+        for key, single in _singles(each):
+            rows.setdefault(key, {"": key})[column] = single
+    yield from _table(list(rows.values()), file)
+
+
+def _singles(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values in an object, each under the keys that lead to it."""
+    for key, each in value.items():
+        if isinstance(each, Mapping):
+            yield from _singles(each, f"{above}{key}, ")
+        elif not _nested(each):
+            yield f"{above}{key}", each
 
 
 def _nested(value: Any) -> bool:
