@@ -137,8 +137,9 @@ def test_a_frozen_copy_and_an_average(pair: Pair, monkeypatch: pytest.MonkeyPatc
 
 def test_compiled_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
     """By torch's own compiler: the graphs of draws, and of scores with gradients."""
-    if device.type == "cpu" and shutil.which("g++") is None:
-        pytest.skip("torch compiles for the CPU with a C++ compiler, and there is none")
+    compilers = ("g++",) if device.type == "cpu" else ("cc", "gcc", "clang")
+    if not any(shutil.which(name) for name in compilers):
+        pytest.skip(f"torch compiles with the help of {' or '.join(compilers)}, and there is none")
     pair = make_pair("inkling", device)
     torch.compiler.reset()
     plain, compiled = (prepared(pair, device, monkeypatch, compile=on) for on in (False, True))
