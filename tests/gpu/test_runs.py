@@ -60,6 +60,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16, two epochs": {
         "policy": {"precision": "bfloat16", "checkpointing": True},
+        "prompts": 2,
+        "group": 2,
         "epochs": 2,
         "value": "soft-reference",
         "logp": "sampling",
