@@ -34,6 +34,8 @@ while (($#)); do
     shift
 done
 
+[[ -z $only || $only =~ ^[0-9]+$ ]] || refuse "--only must be the number of a part, got $only"
+command -v -- "$python" >/dev/null || refuse "--python must be Python 3.11 or newer, and there is no $python"
 [[ $python != */* ]] || python=$(cd -- "$(dirname -- "$python")" && pwd)/${python##*/}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || refuse "--python must be Python 3.11 or newer, got $python"
 if [[ -z $out ]]; then
