@@ -1,7 +1,8 @@
 """A device apart, without hardware: its tensors live in the CPU's memory, but torch takes them for another device's.
 
 So what a GPU would do can be seen where there is none: tensors of two devices in one operation are refused, and every
-read of the device by the host is counted, be it a copy, a number, or an operation whose output's shape is the data's.
+read of the device by the host is counted, be it a copy, a number, or an operation whose output's shape is the data's;
+and so is every number sent there for which the host waits, as it does without ``non_blocking``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ SOURCE = Path(varl.__file__).parent
 
 aten = torch.ops.aten
 SHAPED_BY_DATA = {aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount, aten.is_nonzero}
-"""Operations that wait for the device, since the host must know how large their output is, or what it says."""
+SHAPED_BY_DATA |= {aten.repeat_interleave}
+"""Operations that wait for the device, since the host must know how large their output is, or what it says; unless it
+is told by ``output_size``."""
 ACROSS = {aten.copy_, aten._to_copy}
 """Operations that may see tensors of two devices."""
 INDEXED = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
@@ -78,7 +81,7 @@ class Traffic:
     """What went between the host and the device.
 
     Attributes:
-        reads: lines of the library, with the operation, that waited for the device: one entry a read.
+        reads: lines of the library, with the operation, that waited for the device: one entry a wait.
         sent: numbers that were copied to the device, one entry a copy.
     """
 
@@ -136,14 +139,16 @@ class _Dispatch(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in ACROSS:
             there = isinstance(args[0], Apart) if packet is aten.copy_ else there
-            self._across(packet, args, there)
+            self._across(packet, args, kwargs, there)
         elif packet in INDEXED:
             _need_one_device(func, [x for x in (args[0], *args[2:3]) if isinstance(x, Tensor)])
-            if any(isinstance(i, Apart) and i.dtype == torch.bool for i in args[1] if i is not None):
-                self._read(func)
+            given = [i for i in args[1] if i is not None]
+            if any(i.dtype == torch.bool if isinstance(i, Apart) else isinstance(args[0], Apart) for i in given):
+                self._read(func)  # to learn how many are chosen; or till the host's numbers have arrived
         else:
             _need_one_device(func, leaves)
-            if packet in SHAPED_BY_DATA or packet in (aten._local_scalar_dense, aten.equal):
+            told = kwargs.get("output_size") is not None
+            if (packet in SHAPED_BY_DATA and not told) or packet in (aten._local_scalar_dense, aten.equal):
                 self._read(func)
         plain_args, plain = tree_map(lambda x: x.inner if isinstance(x, Apart) else x, (args, kwargs))
         if wanted is not None:
@@ -154,12 +159,14 @@ class _Dispatch(TorchDispatchMode):
             return return_and_correct_aliasing(func, args, kwargs, out) if own else out
         return out
 
-    def _across(self, packet: Any, args: Any, there: bool) -> None:
+    def _across(self, packet: Any, args: Any, kwargs: Any, there: bool) -> None:
         source = args[1] if packet is aten.copy_ else args[0]
         if isinstance(source, Apart) and not there:
             self._read(packet)
         elif there and not isinstance(source, Apart):
             self.traffic.sent.append(source.numel())
+            if not (kwargs.get("non_blocking") or (packet is aten.copy_ and args[2:] == (True,))):
+                self._read(packet)
 
     def _read(self, func: Any) -> None:
         frames = [frame for frame in traceback.extract_stack() if SOURCE in Path(frame.filename).parents]

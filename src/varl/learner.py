@@ -264,7 +264,7 @@ class Learner:
             self.zero_grad()
             for whose, rows in passes:
                 inputs, _ = self._inputs(whose, rows, None)
-                step_of_token = torch.as_tensor(inputs.step_of_token_L, device=inputs.logp_BL.device)
+                step_of_token = sent(torch.tensor(inputs.step_of_token_L), inputs.logp_BL.device)
                 own = (step_of_token == step).to(inputs.weight_BL.dtype)
                 kl_weight = None if inputs.kl_weight_BL is None else inputs.kl_weight_BL * own
                 part = replace(inputs, weight_BL=inputs.weight_BL * own, kl_weight_BL=kl_weight)
@@ -340,7 +340,9 @@ def _figures(inputs: LossInput, output: LossOutput, scores: Scores, batch: Batch
     if scores.entropy is not None:
         parts = zip(scores.entropy.split(counts, 1), _watched(counts).split(counts), strict=True)
         figures["rows"] = len(scores.entropy)
-        figures["entropy_T"] = torch.stack([part[:, own].double().mean() for part, own in parts])
+        # Tokens whose entropy was not asked for hold 0; to choose the others by place, the host would wait.
+        means = [part.double().sum() / (len(part) * int(own.sum())) for part, own in parts]
+        figures["entropy_T"] = torch.stack(means)
     if output.kl_mean_T is not None:
         figures["kl_T"] = output.kl_mean_T
     return figures

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varl.transfer import sent
+
 __all__ = ["LOGITS", "Sampling", "draw", "filter_logits"]
 
 LOGITS = 2**23
@@ -159,7 +161,7 @@ def draw(logits: Tensor, generators: list[torch.Generator] | torch.Generator | N
     # Two units below 1 at most, so that rounding cannot take the product up to the whole sum, behind the last class.
     uniform.clamp_(max=1 - 2**-22)
     flat = logits.reshape(-1, logits.shape[-1])
-    numbers = uniform.to(logits.device).flatten().unsqueeze(-1)
+    numbers = sent(uniform, logits.device).flatten().unsqueeze(-1)
     count = _at_once(flat)
     drawn = [_inverted(*part) for part in zip(flat.split(count), numbers.split(count), strict=True)]
     return torch.cat(drawn).view(logits.shape[:-1])

@@ -11,10 +11,14 @@ __all__ = ["Returning", "read", "sent"]
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; what goes to a GPU goes through pinned memory, and the host does not wait for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """The tensor on a device; what goes to a GPU goes through pinned memory, and the host does not wait for it.
+
+    Unlike ``tensor.to(device)`` or ``torch.tensor(numbers, device=device)``, which wait for all that the GPU has to do.
+    """
+    here = tensor.device.type == "cpu"
+    if here and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=here)
 
 
 def read(tensors: Sequence[Tensor]) -> list[Tensor]:

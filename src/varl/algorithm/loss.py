@@ -24,6 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from varl.transfer import sent
+
 __all__ = [
     "KL",
     "KLS",
@@ -322,7 +324,7 @@ def _relative_steps(steps: Tensor | Sequence[int], device: torch.device) -> tupl
     if not all(0 <= after - before <= 1 for before, after in pairwise(given)):
         raise ValueError("step_of_token_L must ascend without gaps, as ScaleSchedule.step_of_token() gives it")
     relative = torch.tensor([step - given[0] for step in given])
-    return given[0], given[-1] - given[0] + 1, relative.to(device, non_blocking=True)
+    return given[0], given[-1] - given[0] + 1, sent(relative, device)
 
 
 def _check(inputs: LossInput, low: float, high: float, beta: float, kl: str, ratio: str, divisor: float | None) -> None:

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from varl.transfer import sent
+
 __all__ = ["Count", "scale_weights", "step_shares", "token_weights"]
 
 Count = Literal["grid", "masked"]
@@ -104,13 +106,14 @@ def token_weights(
     if count == "grid":
         k_T = counts_T.pow(-alpha)
         norm = (k_T * counts_T).sum() if rescale else 1.0
-        return (k_T / norm)[step_L].to(device=device, dtype=dtype)
+        w_L = (k_T / norm)[step_L].to(dtype)
+        return w_L if device is None else sent(w_L, torch.device(device))
     if mask_BL is None or mask_BL.ndim != 2 or mask_BL.shape[1] != length:
         got = "none" if mask_BL is None else f"shape {tuple(mask_BL.shape)}"
         raise ValueError(
             f"count='masked' needs mask_BL of shape [batch, {length}], one column a trained token, got {got}"
         )
-    step_L = step_L.to(mask_BL.device)
+    step_L = sent(step_L, mask_BL.device)
     masked_BT = torch.zeros(mask_BL.shape[0], len(counts), device=mask_BL.device, dtype=torch.float32)
     masked_BT.index_add_(1, step_L, mask_BL.detach().float())
     k_BT = torch.where(masked_BT > 0, masked_BT.clamp(min=1e-12).pow(-alpha), 0.0)

@@ -21,6 +21,7 @@ from varl.models.infinity.rope import rotary_table
 from varl.models.infinity.schedules import final_grid
 from varl.models.layers import FeedForward, Modulation, SelfAttention, modulated, plain_norm, spread
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["After", "Transformer"]
 
@@ -256,7 +257,7 @@ class Transformer(nn.Module):
         parts += [self.word_embed(torch.cat(inputs, 1).to(self.word_embed.weight.dtype))] if inputs else []
         x = torch.cat(parts, 1)
         grids = Grids([schedule.counts[s] for s in steps], schedule.offsets[steps.start], cache)
-        repeats = torch.tensor(grids.counts, device=x.device)
+        repeats = sent(torch.tensor(grids.counts), x.device)
         levels = self.lvl_embed(torch.arange(steps.start, steps.stop, device=x.device))
         levels = levels.repeat_interleave(repeats, 0, output_size=x.shape[1])
         condition = self.shared_ada_lin(pooled) if self.config.shared_aln else pooled

@@ -20,6 +20,7 @@ from varl.models.state import DrawState
 from varl.policy import Condition, Prompt
 from varl.sampling import Sampling, draw, filter_logits
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["Infinity"]
 
@@ -231,7 +232,7 @@ class Infinity(TeacherForced):
         if self.config.tau_list is None:
             return x
         taus = [self._tau(schedule, step) for step in steps for _ in range(schedule.counts[step])]
-        inverse = 1 / torch.tensor(taus, device=x.device)
+        inverse = sent(1 / torch.tensor(taus), x.device)
         return torch.cat([x, inverse.view(1, -1, 1).expand(len(x), -1, -1)], -1)
 
     def drawn(self, actions: Tensor, schedule: ScaleSchedule, steps: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from varl.models.coded import mask_tables
 from varl.models.fields import bounded, grid_sides
 from varl.models.layers import FeedForward, GatedFeedForward, Modulation, RMSNorm, spread
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["Transformer", "TransformerConfig", "initialise"]
 
@@ -278,7 +279,7 @@ class Transformer(nn.Module):
             return None
         if device not in self._tables:
             table = rotation_table(self.schedule, c.embed_dim // c.num_heads, c.rope_theta, c.rope_size)
-            self._tables = {device: table.to(device)}
+            self._tables = {device: sent(table, device)}
         return self._tables[device][span]
 
     def embed(self, c_BC: Tensor, inputs: Sequence[Tensor], steps: range) -> Tensor:

@@ -17,6 +17,7 @@ from varl.models.blocks import Cache, Eager, KeyValueCache, attend_by_scale, run
 from varl.models.layers import GatedFeedForward, RMSNorm, spread
 from varl.models.tokenflow.config import TransformerConfig
 from varl.schedule import ScaleSchedule
+from varl.transfer import sent
 
 __all__ = ["Transformer"]
 
@@ -175,10 +176,9 @@ class Trunk(nn.Module):
         if drawn:
             # Contiguous, or in bf16 the projector's bias would be added to a product that is rounded already.
             maps = torch.cat([m.flatten(2) for m in inputs], 2).transpose(1, 2).contiguous()
-            counts = torch.tensor([self.schedule.counts[s] for s in drawn], device=prompt_BP.device)
-            levels = torch.arange(drawn.start + 1, drawn.stop + 1, device=prompt_BP.device).repeat_interleave(counts)
+            levels = torch.tensor([s + 1 for s in drawn for _ in range(self.schedule.counts[s])])
             entered = self.mm_projector(maps.to(self.lvl_embed.weight.dtype))
-            rows.append(entered + self.lvl_embed(levels) + self.pos_1LC[self.schedule.span(drawn)])
+            rows.append(entered + self.lvl_embed(sent(levels, maps.device)) + self.pos_1LC[self.schedule.span(drawn)])
         return torch.cat(rows, 1)
 
 
