@@ -202,10 +202,11 @@ def test_a_rehearsal_that_is_not_cut_off_runs_nothing(day: Path, tmp_path: Path)
         (["--only", "6"], "--only must be the number of a part, got 6"),
         (["--only", "."], "--only must be the number of a part, got ."),
         (["--only", ""], "--only needs a value"),
-        (["--python", "no/python"], "--python must be Python 3.11 or newer, and there is no no/python"),
         (["--only"], "--only needs a value"),
         (["--twice"], "--twice is not known; see --help"),
-        (["--python", "no-such-python"], "--python must be Python 3.11 or newer, got no-such-python"),
+        (["--python", "no-such-python"], "--python must be Python 3.11 or newer, and there is no no-such-python"),
+        (["--python", "no/such/python"], "--python must be Python 3.11 or newer, and there is no no/such/python"),
+        (["--python", "false"], "--python must be Python 3.11 or newer, got false"),
     ],
 )
 def test_words_that_it_does_not_know_are_refused(day: Path, words: list[str], message: str) -> None:
