@@ -18,6 +18,7 @@ from varl.rollout import Rollout, replay, rollout, row_generators
 from varl.sampling import Sampling
 from varl.schedule import ScaleSchedule
 from varl.scoring import log_probs
+from varl.transfer import sent
 
 __all__ = [
     "Drawn",
@@ -278,7 +279,8 @@ def _sequence_logp(policy: Policy, whole: Rollout, steps: range, micro_batch: in
     """Log-probability of all tokens of ``steps`` together under a sampling distribution, [rows], on the CPU."""
     parts, guidance = [], None if sampling is None or sampling.is_plain else sampling
     for rows in torch.arange(len(whole)).split(micro_batch):
-        scores = log_probs(policy, whole.condition.select(rows), whole.actions[rows], steps, guidance=guidance)
+        own = whole.actions[sent(rows, whole.actions.device)]
+        scores = log_probs(policy, whole.condition.select(rows), own, steps, guidance=guidance)
         parts.append(scores.logp.sum(1))
     return torch.cat(parts).cpu()
 
