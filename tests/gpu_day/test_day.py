@@ -187,6 +187,13 @@ def test_a_rehearsal_is_small_and_on_the_cpu_and_reaches_nothing(day: Path, tmp_
     assert seen["blocked"]
 
 
+def test_a_rehearsal_begins_in_any_folder(day: Path) -> None:
+    """Also in its own, where its name has no folder before it."""
+    command = ["bash", day.name, "--rehearse", "--only", "3", "--python", sys.executable]
+    ended = subprocess.run(command, cwd=day.parent, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 def test_a_rehearsal_that_is_not_cut_off_runs_nothing(day: Path, tmp_path: Path) -> None:
     network = day.with_name("network.py")
     network.write_text(network.read_text().replace('("192.0.2.1", 9)', '("127.0.0.1", 9)'))

@@ -51,7 +51,7 @@ if [[ $device == cpu && -z ${VARL_NO_NETWORK:-} ]]; then
     for way in "unshare -n" "unshare -rn"; do
         # shellcheck disable=SC2086  # two words
         if $way true 2>/dev/null; then
-            VARL_NO_NETWORK=$way exec $way "${BASH_SOURCE[0]}" "${given[@]}"
+            VARL_NO_NETWORK=$way exec $way bash "$root/tools/gpu/day.sh" "${given[@]}"
         fi
     done
     export VARL_NO_NETWORK="a hook in Python, which sees no other sockets (unshare is not permitted)"
