@@ -6,7 +6,8 @@
 # Each part runs in its own process under a time limit and writes its result at once; one that fails costs the others
 # nothing. FOLDER (by default runs/gpu-day) then holds at most 8 files, of which day.md is the table of the day.
 # --only N repeats one part into the same folder. --rehearse runs all of it on the CPU at tiny sizes, cut off from the
-# network (by default into runs/gpu-rehearsal). The exit status is 0 only if every part that ran passed.
+# network and with twice the time (by default into runs/gpu-rehearsal). The exit status is 0 only if every part that ran
+# passed.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 given=("$@")
@@ -64,7 +65,7 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 cd -- "$root"
 
-parts=$("$python" -m tools.gpu.parts list)
+parts=$("$python" -m tools.gpu.parts list ${small:+"$small"})
 if [[ -n $only ]]; then
     parts=$(grep "^$only " <<<"$parts") || refuse "--only must be the number of a part, got $only"
 else

@@ -1,6 +1,6 @@
 """The parts of a day, in their order, and how one is run: the only place that lists them.
 
-python -m tools.gpu.parts list                  number and limit of each, a line each
+python -m tools.gpu.parts list [--small]        number and limit of each, a line each
 python -m tools.gpu.parts clear --out FOLDER    remove all that an earlier day left there
 python -m tools.gpu.parts run 2 --device cuda --out FOLDER [--small] [--install]
 """
@@ -69,6 +69,9 @@ PARTS = (
     Part(5, "Benchmarks", 60, "5-benchmarks.json", "benchmarks --device {device} --short --out {file}"),
 )
 
+REHEARSED = 2
+"""A rehearsal gives each part so many times its limit: what it runs on may be slow, or busy."""
+
 FILES = ("day.md", "day.log", *(name for part in PARTS for name in (part.file, part.figure) if name))
 """All that a day leaves."""
 
@@ -84,7 +87,7 @@ def main(words: list[str] | None = None) -> int:
     """Do what is asked; a part that is run passes, with status 0, if its command does and its files are there."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu.parts", description="List the parts, or run one.")
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list")
+    actions.add_parser("list").add_argument("--small", action="store_true", help="those of a rehearsal")
     actions.add_parser("clear").add_argument("--out", required=True, type=Path)
     run = actions.add_parser("run")
     run.add_argument("number", type=int, choices=[part.number for part in PARTS])
@@ -94,7 +97,8 @@ def main(words: list[str] | None = None) -> int:
     run.add_argument("--install", action="store_true", help="first install what is missing")
     a = parser.parse_args(words)
     if a.action == "list":
-        print("\n".join(f"{part.number} {part.seconds}" for part in PARTS))
+        factor = REHEARSED if a.small else 1
+        print("\n".join(f"{part.number} {factor * part.seconds}" for part in PARTS))
     elif a.action == "clear":
         for name in FILES:
             (a.out / name).unlink(missing_ok=True)

@@ -33,21 +33,21 @@ def main(words: list[str] | None = None) -> None:
     if a.part is not None:
         part = next(part for part in PARTS if part.number == a.part)
         note(a.folder, part, a.code, a.seconds)
-        print(f"part {part.number}, {part.title}: {outcome(a.code, part.seconds)}, {a.seconds:.0f} s of {part.seconds}")
+        print(f"part {part.number}, {part.title}: {outcome(a.code, a.seconds)}, {a.seconds:.0f} s of {part.seconds}")
     _write(a.folder / "day.md", report(a.folder))
 
 
 def note(folder: Path, part: Part, code: int, seconds: float) -> None:
     """Add to a part's file, made if need be, how the part ended."""
     found = read(folder, part) or {}
-    found["day"] = {"result": outcome(code, part.seconds), "seconds": round(seconds, 1)}
+    found["day"] = {"result": outcome(code, seconds), "seconds": round(seconds, 1)}
     _write(folder / part.file, json.dumps(found, indent=1) + "\n")
 
 
-def outcome(code: int, limit: int) -> str:
+def outcome(code: int, seconds: float) -> str:
     """An exit status in words; 124 and 137 are what ``timeout`` gives."""
     if code in (124, 137):
-        return f"failed: ended after {limit} s"
+        return f"failed: ended after {seconds:.0f} s"
     return {0: "passed", 130: "interrupted"}.get(code, "failed")
 
 
