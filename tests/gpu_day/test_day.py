@@ -16,6 +16,8 @@ from tools.gpu.parts import FILES, PARTS
 from gpu_day.made_up import make_tree
 from patience import PATIENCE, alive, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def day(tmp_path: Path) -> Path:

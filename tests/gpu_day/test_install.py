@@ -11,6 +11,8 @@ from tools.gpu.install import install
 
 from gpu_day.made_up import make_wheel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:

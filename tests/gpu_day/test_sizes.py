@@ -25,6 +25,8 @@ from varl.plan import HEADROOM, estimate
 from varl.policy import Prompt
 from varl.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 MACHINE = {"ceilings": {"bf16_tflops": 2.5}}
 
 

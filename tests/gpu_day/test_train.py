@@ -12,6 +12,8 @@ import yaml
 from tools.gpu import train
 from tools.gpu.train import faults, main, summary
 
+pytestmark = pytest.mark.slow
+
 
 def evaluation(value: float, update: int = 0, failed: int = 0) -> dict[str, Any]:
     words = {"value": value, "low": value - 0.1, "high": value + 0.1}
