@@ -98,7 +98,8 @@ def test_parts_that_fail_in_any_way_cost_the_others_nothing(day: Path, tmp_path:
     parts.write_text(parts.read_text().replace("        120,", "        1,"))
     ended = run(day, "--out", str(tmp_path / "out"), faults={1: "fail", 2: "half", 3: "hang", 4: "silent"})
     assert ended.returncode == 1
-    assert results(tmp_path / "out") == ["failed", "failed", "failed: ended after 1 s", "failed", "passed"]
+    found = [result.partition(" after ")[0] for result in results(tmp_path / "out")]
+    assert found == ["failed", "failed", "failed: ended", "failed", "passed"]
     assert "part 4 did not write 4-sizes.json" in ended.stdout
     assert "part 2 was ended by signal 9, SIGKILL" in ended.stdout
     assert of(tmp_path / "out", 1)["figure"] == 0.5
@@ -106,13 +107,12 @@ def test_parts_that_fail_in_any_way_cost_the_others_nothing(day: Path, tmp_path:
     assert not alive(int((tmp_path / "out" / "pid").read_text()))
 
 
-@pytest.mark.slow
 def test_a_part_that_does_not_listen_is_killed_before_the_next_begins(day: Path, tmp_path: Path) -> None:
     parts = day.with_name("parts.py")
     parts.write_text(parts.read_text().replace("        120,", "        1,"))
     ended = run(day, "--out", str(tmp_path / "out"), "--only", "3", faults={3: "deaf"})
     assert ended.returncode == 1
-    assert results(tmp_path / "out")[2] == "failed: ended after 1 s"
+    assert results(tmp_path / "out")[2].startswith("failed: ended after ")
     assert not alive(int((tmp_path / "out" / "pid").read_text()))
 
 
