@@ -194,6 +194,10 @@ def test_an_empty_list_is_refused() -> None:
         read_installed("# nothing\n")
 
 
+def test_a_mark_of_the_encoding_is_no_name() -> None:
+    assert list(read_installed("\ufeffnumpy==2.5\r\nrich\r\n")) == ["numpy", "rich"]
+
+
 def test_a_machine_runs_wheels_for_older_libraries_of_its_processor() -> None:
     names = [tag.removesuffix("_x86_64") for tag in H100.platforms()]
     assert names[:2] == ["manylinux_2_28", "manylinux_2_27"]

@@ -121,7 +121,8 @@ def read_installed(text: str, where: str = "the list") -> dict[str, Version | No
         Missing: if a line is none of these, or nothing is listed.
     """
     found: dict[str, Version | None] = {}
-    for number, whole in enumerate(text.splitlines(), 1):
+    # Some editors begin a file with a mark of its encoding.
+    for number, whole in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", whole).strip()
         if not line or line.startswith("-e "):
             continue
