@@ -258,6 +258,7 @@ BOTH = {"update": "alternate", "prefix_updates": 1, "suffix_updates": 1, "prompt
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.slow
 def test_the_phases_of_both_kinds_of_update(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16, with guidance: every phase within 15% of what is counted, and so the peak."""
     monkeypatch.setattr(varl.loading, "load_policy", with_texts)
