@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def _bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[True, False], ids=["pip", "no-pip"])
 def _with_and_without_pip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: request.param or None)
+    monkeypatch.setattr(module, "_pip_is_here", lambda: request.param)
 
 
 @pytest.mark.usefixtures("_with_and_without_pip")
@@ -59,6 +61,20 @@ def test_a_damaged_wheel_is_named_and_nothing_of_it_stays(tmp_path: Path, capfd:
     assert not (tmp_path / "site").exists()
 
 
+def test_pip_is_not_looked_for_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setuptools gives up its ``distutils`` to a process that does, and `torch.compile` fails there ever after."""
+    looked_for = []
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            looked_for.append(fullname)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    make_wheel(tmp_path / "wheels", "part", "1")
+    assert install(tmp_path / "wheels", tmp_path / "site")
+    assert "pip" not in looked_for
+
+
 def test_a_wheel_for_another_python_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     make_wheel(tmp_path / "wheels", "part", "1", tag="cp39-cp39-manylinux_2_28_x86_64")
     assert not install(tmp_path / "wheels", tmp_path / "site")
@@ -68,7 +84,7 @@ def test_a_wheel_for_another_python_is_named(tmp_path: Path, capfd: pytest.Captu
 def test_what_wheels_put_aside_for_the_library_folders_is_unpacked_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "_pip_is_here", lambda: False)
     with zipfile.ZipFile(make_wheel(tmp_path / "wheels", "part", "1"), "a") as archive:
         archive.writestr("part-1.data/platlib/inner/deep.py", "A = 1\n")
         archive.writestr("part-1.data/purelib/flat.py", "B = 1\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def install(wheels: Path = WHEELS, site: Path = SITE) -> bool:
             lines = (f"missing: {', '.join(lacking)}", f"no wheels in {wheels}; make them with tools/gpu/wheels.sh")
             return not _say("\n".join(lines))
         return _say("nothing is missing: no wheels are needed")
-    if not (_by_pip(found, site) if importlib.util.find_spec("pip") else _by_unpacking(found, site)):
+    if not (_by_pip(found, site) if _pip_is_here() else _by_unpacking(found, site)):
         shutil.rmtree(site, ignore_errors=True)
         return False
     (site / STAMP).write_text(stamp)
@@ -63,6 +63,11 @@ def _varl_is_installed() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _pip_is_here() -> bool:
+    """Asked of another process: where setuptools is, even looking for pip takes this one's ``distutils`` away."""
+    return subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def _by_pip(wheels: Sequence[Path], site: Path) -> bool:
