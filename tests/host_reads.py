@@ -28,7 +28,6 @@ from varl.trainer import Trainer
 
 COARSE, FINE = [1, 2, 3, 6, 12], [1, 2, 3, 4, 5, 6, 12]
 KINDS: dict[str, dict[str, Any]] = {
-    "prefix": {"update": "prefix"},
     "suffix": {"update": "suffix"},
     "reused": {"suffix_state": "reused", "prefix_updates": 1},
     "exact KL, twice": {"update": "suffix", "kl": "exact", "epochs": 2},

@@ -24,7 +24,7 @@ pytestmark = [
         reason="this torch makes no device of Python alone",
     ),
 ]
-KINDS = ("prefix", "suffix", "reused", "exact KL, twice", "truncated")
+KINDS = ("suffix", "reused", "exact KL, twice", "truncated")
 
 
 def found(case: str, folder: Path) -> Any:

@@ -265,6 +265,7 @@ def test_what_tests_notice_is_told_from_what_they_do_not(toy: Path, tmp_path: Pa
     assert "3 breaks, 1 survived, 0 of these without a reason" in text
 
 
+@pytest.mark.slow
 def test_tests_that_fail_unbroken_are_refused(toy: Path, tmp_path: Path) -> None:
     (toy / "tests/test_toy.py").write_text(TESTS.replace("== 0", "== 1"))
     records = mutants.Records(tmp_path / "seed.jsonl", {"toy.py": LIBRARY})

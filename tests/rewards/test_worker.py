@@ -80,6 +80,7 @@ def _leave_open(connection):
     connection.send(worker.pids)
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_its_reader_still_open():
     context = multiprocessing.get_context("forkserver")
     mine, theirs = context.Pipe()

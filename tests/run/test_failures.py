@@ -98,6 +98,7 @@ def test_every_way_of_failing_skips_the_step_and_is_counted(weights: Path, tmp_p
     assert any("regions hold polygons" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run_which_goes_on_later(weights: Path, tmp_path: Path) -> None:
     config = make_config(weights, tmp_path, 8, ["", *["raises"] * 4], failure_window=4, max_failed_share=0.5)
     with pytest.raises(
@@ -175,6 +176,7 @@ def test_pictures_and_steps_are_not_counted_twice() -> None:
     assert "50% of the pictures could not be scored and 50% of the steps" in str(half.add(0.5, 0.5))
 
 
+@pytest.mark.slow
 def test_a_run_too_short_for_the_window_does_not_end_as_if_all_were_well(weights: Path, tmp_path: Path) -> None:
     config = make_config(weights, tmp_path, 2, ["raises"] * 2)
     for _ in range(2):  # and the same command says it again

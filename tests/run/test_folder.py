@@ -63,6 +63,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
     weights: Path, whole: dict[str, Any], small_disk: Path
 ) -> None:

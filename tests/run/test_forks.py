@@ -65,6 +65,7 @@ for kind in (pool, executor, in_a_thread):
 """
 
 
+@pytest.mark.slow
 def test_workers_that_a_run_forks_can_be_terminated() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", POOL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

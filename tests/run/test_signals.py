@@ -54,6 +54,7 @@ def test_a_run_told_to_stop_saves_and_goes_on(tmp_path: Path) -> None:
     assert left[0] == left[1]
 
 
+@pytest.mark.slow
 def test_a_second_signal_exits_at_once(tmp_path: Path) -> None:
     """In the middle of an update that does not end."""
     process = begin(with_reward(recipe(tmp_path, 3), {"name": "tiny_runs:endless", "folder": str(tmp_path)}))
