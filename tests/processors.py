@@ -30,7 +30,7 @@ ONEDNN = {
     "AVX512_CORE_AMX": AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},
     "AVX512_CORE_AMX_FP16": AVX512 | {"amx_fp16"},
 }
-"""Values of ONEDNN_MAX_CPU_ISA, and the flags of /proc/cpuinfo that each needs. SSE41 is below, and int8 alone is no number."""
+"""Values of ONEDNN_MAX_CPU_ISA, and the flags of /proc/cpuinfo that each needs. SSE41 is below, with the rest."""
 SETTINGS = [(f"ONEDNN_MAX_CPU_ISA={value}", needs) for value, needs in ONEDNN.items()]
 SETTINGS += [
     ("ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2", {"sse4_2"}),

@@ -38,6 +38,8 @@ from varl.rollout import row_generators
 from varl.sampling import filter_logits
 from varl.updates import plan
 
+pytestmark = pytest.mark.slow
+
 VAR = {
     "transformer": {"embed_dim": 64, "num_heads": 2, "depth": 3, "patch_nums": (1, 2, 3, 4), "mlp_ratio": 3.0},
     "tokenizer": {"ch": 32, "ch_mult": (1, 1), "num_res_blocks": 1, "vocab_size": 80, "z_channels": 16},
@@ -257,7 +259,6 @@ def test_the_naive_way_draws_the_same_in_parts(bench: Bench, kind: Kind, monkeyp
     assert torch.equal(parts.finished, whole.finished)
 
 
-@pytest.mark.slow
 def test_every_stage_has_a_row_and_the_whole_a_goal(bench: Bench, tmp_path: Path):
     config = replace(bench.trainer.config, method=METHOD)
     folder = tmp_path / "more"
@@ -345,7 +346,6 @@ def test_options_change_the_recipe_they_are_measured_on():
         assert option.change(config) != config
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saving", "kind"),
     [(saving, kind) for saving in SAVINGS for kind in saving.kinds],
@@ -466,7 +466,6 @@ def test_a_product_is_what_it_says():
     assert counter.get_total_flops() == operations == 2 * 4096**3
 
 
-@pytest.mark.slow
 def test_a_short_run(tmp_path: Path):
     """All but compiling, of which tests/test_compile.py tells."""
     words = ["--short", "--only", "updates", "--only", "savings", "--threads", str(torch.get_num_threads())]

@@ -18,6 +18,8 @@ from tools.gpu.wheels import LIMIT, PipFetch, check_size, main, pins, read_wheel
 from gpu_day.made_up import make_wheel
 from gpu_day.pythons import python312
 
+pytestmark = pytest.mark.slow
+
 H100 = Target("3.12", "manylinux_2_28_x86_64")
 EXPECTED = {"rich", "jsonargparse", "rapidocr", "rapidfuzz", "peft"}
 """What an image for GPUs lacks; all else that is fetched are small parts of these."""
@@ -141,7 +143,6 @@ def test_the_repository_is_small_enough_to_travel() -> None:
     assert sum(path.lstat().st_size for path in paths if os.path.lexists(path)) <= TREE
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("registry")
 def test_the_example_of_an_image_lacks_what_the_wheels_are_for(tmp_path: Path) -> None:
     """They are few, small enough together, and installable without an index on their Python where that is at hand."""
@@ -165,7 +166,6 @@ def test_the_example_of_an_image_lacks_what_the_wheels_are_for(tmp_path: Path) -
     subprocess.run([python, "-c", code], env={"PYTHONPATH": str(tmp_path / "site")}, check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("registry")
 def test_pure_python_that_exists_as_a_source_alone_is_built(tmp_path: Path) -> None:
     found = PipFetch(H100, tmp_path, {})("antlr4-python3-runtime", SpecifierSet("==4.9.*"))
