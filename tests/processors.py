@@ -21,8 +21,6 @@ AT_ONCE = 4
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 ONEDNN = {
-    "AVX": {"avx"},
-    "AVX2": {"avx2"},
     "AVX2_VNNI_2": {"avx_vnni", "avx_vnni_int8", "avx_ne_convert"},
     "AVX512_CORE": AVX512,
     "AVX512_CORE_BF16": AVX512 | {"avx512_bf16"},
@@ -30,7 +28,7 @@ ONEDNN = {
     "AVX512_CORE_AMX": AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},
     "AVX512_CORE_AMX_FP16": AVX512 | {"amx_fp16"},
 }
-"""Values of ONEDNN_MAX_CPU_ISA, and the flags of /proc/cpuinfo that each needs. SSE41 is below, with the rest."""
+"""Values of ONEDNN_MAX_CPU_ISA, and the flags of /proc/cpuinfo that each needs. Older kinds are below."""
 SETTINGS = [(f"ONEDNN_MAX_CPU_ISA={value}", needs) for value, needs in ONEDNN.items()]
 SETTINGS += [
     ("ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2", {"sse4_2"}),

@@ -54,9 +54,9 @@ def test_numbers_are_tested_as_every_processor_that_this_one_can_be(
     monkeypatch.setattr(processors, "flags", lambda: {"sse4_1", "sse4_2", "avx", "avx2"})
     monkeypatch.setattr(subprocess, "run", run)
     assert processors.main() == code
-    assert sorted(seen) == ["", "AVX", "AVX2", "AVX2", "SSE41"]
+    assert sorted(seen) == ["", "AVX2", "SSE41"]
     said = capsys.readouterr().out
     assert "ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX_FP16: not run, this processor lacks amx_fp16, avx512bw" in said
-    assert re.search(r"^ONEDNN_MAX_CPU_ISA=AVX: 3 passed \(", said, re.MULTILINE)
+    assert re.search(r"^MKL_CBWR=COMPATIBLE: 3 passed \(", said, re.MULTILINE)
     assert ("a test failed" in said) == bool(code)
-    assert f"pass in {5 - 2 * code} of 5 environments" in said
+    assert f"pass in {3 - code} of 3 environments" in said
