@@ -63,6 +63,20 @@ def test_what_is_saved_comes_back_bitwise(tmp_path: Path) -> None:
         assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
 
 
+def test_views_that_are_not_contiguous_come_back(tmp_path: Path) -> None:
+    """Some families decode to pictures whose channels lie last, and those may be pending."""
+    picture, weight = torch.rand(2, 4, 4, 3).permute(0, 3, 1, 2), torch.rand(3, 5).t()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"images": picture, "weight": weight}, {}, best=None)
+    checkpoints.wait()
+    found = {"images": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(3, 5).t()}
+    checkpoint = checkpoints.latest()
+    assert checkpoint is not None
+    checkpoint.load(found)
+    assert torch.equal(found["images"], picture)
+    assert torch.equal(found["weight"], weight)
+
+
 def test_none_yet(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "checkpoints", 2).latest() is None
 

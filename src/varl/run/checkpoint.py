@@ -187,7 +187,9 @@ class Checkpoints:
             return
         faults.point("checkpoint begins")
         # By name: which process writes what they share follows the order, and a run that was gone on with has another.
-        staged = cast(dict[str, Tensor], self._stager.stage(dict(sorted(tensors.items()))))
+        # Contiguous, as the format has it: pictures may come as another's transposed view.
+        whole = {name: value.contiguous() for name, value in sorted(tensors.items())}
+        staged = cast(dict[str, Tensor], self._stager.stage(whole))
         faults.point("checkpoint staged")
         self._pending = self._thread.submit(self._write, update, staged, dict(values), best)
         self._newest = update
