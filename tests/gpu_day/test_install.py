@@ -62,7 +62,7 @@ def test_a_damaged_wheel_is_named_and_nothing_of_it_stays(tmp_path: Path, capfd:
 
 
 def test_pip_is_not_looked_for_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Setuptools gives up its ``distutils`` to a process that does, and `torch.compile` fails there ever after."""
+    """Setuptools gives up its ``distutils`` to a process that does, and ``torch.compile`` fails there from then on."""
     looked_for = []
 
     class Finder(importlib.abc.MetaPathFinder):

@@ -187,7 +187,7 @@ class Checkpoints:
             return
         faults.point("checkpoint begins")
         # By name: which process writes what they share follows the order, and a run that was gone on with has another.
-        # Contiguous, as the format has it: pictures may come as another's transposed view.
+        # The format requires contiguous tensors, and some families decode to transposed views.
         whole = {name: value.contiguous() for name, value in sorted(tensors.items())}
         staged = cast(dict[str, Tensor], self._stager.stage(whole))
         faults.point("checkpoint staged")
